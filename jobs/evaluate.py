@@ -1,0 +1,20 @@
+"""Measure a finished run, on its own validation images or on a folder that it has never seen.
+
+  uv run jobs/evaluate.py from_run=runs/<name>
+  uv run jobs/evaluate.py from_run=runs/<name> data.root=<folder of class folders>
+
+Classes are matched by name. A folder without train/, val/ or test/ is evaluated whole.
+"""
+
+from potstill.config import EvaluateConfig, job
+
+
+@job("evaluate")
+def main(config: EvaluateConfig) -> None:
+    from potstill.evaluate import evaluate_run
+
+    evaluate_run(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Trains teachers, distils students, and shows every number."""

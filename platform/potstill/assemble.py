@@ -1,0 +1,132 @@
+"""From a config and a cache to the objects that the loop takes. Plain PyTorch; runs on the worker."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from potstill import runs
+from potstill.config import Config, build, load_run_config
+from potstill.data.augment import Augment
+from potstill.data.batches import Batches
+from potstill.data.cache import Cache, open_cache
+from potstill.loop import Progress, Session, higher_is_better, train
+from potstill.models.images import TimmModel, freeze
+from potstill.models.weights import init_from, load_run_state
+from potstill.optim import LearningRate, build_optimizer
+from potstill.task import Task, Teacher, build_terms, match_classes
+from potstill.watch import check_labels
+
+
+def image_px(config: Config) -> int:
+    """Side of what the model sees, in pixels."""
+    return config.augment.image_px or config.data.decode.image_px
+
+
+def build_model(config: Config, num_classes: int) -> TimmModel:
+    return build("model", config.model, num_classes=num_classes, image_px=image_px(config))
+
+
+def load_model(run_dir: Path, which: str = "best") -> tuple[TimmModel, list[str], Config]:
+    """A run's model with its weights, its classes in the order of its outputs, and its config."""
+    config = load_run_config(run_dir)
+    config.model["pretrained"] = False
+    classes = runs.read_json(run_dir / "run.json")["classes"]
+    model = build_model(config, len(classes))
+    load_run_state(model, run_dir, which)
+    return model, classes, config
+
+
+def load_teacher(run_dir: Path, name: str, classes: Sequence[str]) -> Teacher:
+    """A run as a frozen teacher for these classes. Raises UserError unless it knows the same ones."""
+    model, known, _ = load_model(run_dir)
+    return Teacher(model, name, match_classes(known, classes, str(run_dir)))
+
+
+def train_run(
+    config: Config, cache_dir: Path, session: Session, device: torch.device, attempt: int, findings: Sequence[dict[str, str]]
+) -> tuple[Progress, dict[str, Any]]:
+    """Build what the config names and train it; returns where the run ended and facts about its model.
+
+    `findings` are warnings about the data that were found before; they go into the journal with ours.
+    """
+    cache = open_cache(cache_dir)
+    torch.manual_seed(config.loop.seed)
+    model = build_model(config, len(cache.classes))
+    notes = []
+    if config.model.get("init_from"):
+        # a run that goes on from a checkpoint has its weights from there; what was taken over stays worth saying
+        notes = init_from(model, config.model["init_from"], cache.classes).lines()
+    freeze(model, (config.model.get("freeze") or {}).get("all_but_last_blocks"))
+    model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    task = Task(model, build_terms(config.task["terms"]))
+    if config.scaling.sync_batchnorm and session.world_size > 1 and device.type == "cuda":
+        task = torch.nn.SyncBatchNorm.convert_sync_batchnorm(task)
+    teachers = []
+    if config.teacher.run:
+        teachers.append(load_teacher(Path(config.teacher.run), "teacher", cache.classes).to(device))
+    batches, val_batches = _batches(config, cache, session, device)
+    optimizer = build_optimizer(model, set(model.head_parameter_names()), config.optimizer, device)
+    learning_rate = LearningRate(
+        optimizer, config.schedule, batches.steps, config.loop.epochs, higher_is_better(config.loop.monitor)
+    )
+    warnings = [*findings, *check_labels(_counts(cache), cache.classes)]
+    facts = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+    progress = train(
+        task,
+        teachers,
+        optimizer,
+        learning_rate,
+        batches,
+        val_batches,
+        Augment(config.augment, config.data.decode.image_px, config.loop.seed),
+        config.loop,
+        session,
+        device=device,
+        classes=cache.classes,
+        attempt=attempt,
+        opening=[*({"kind": "note", "message": line} for line in notes), *({"kind": "warning", **w} for w in warnings)],
+        facts=facts,
+    )
+    return progress, facts
+
+
+def _batches(config: Config, cache: Cache, session: Session, device: torch.device) -> tuple[Batches, Batches]:
+    px = config.data.decode.image_px
+    shared: dict[str, Any] = {
+        "seed": config.loop.seed,
+        "rank": session.rank,
+        "world_size": session.world_size,
+        "pin": device.type == "cuda",
+    }
+    window_rows = max(1, int(config.data.shuffle_window_gb * 1e9 / (3 * px * px)))
+    training = Batches(
+        cache.split("train"),
+        config.loop.batch_size,
+        shuffle=True,
+        window_rows=window_rows,
+        views=config.augment.views,
+        **shared,
+    )
+    # no gradients are kept, so that validation can take more at a time than an update's forward pass does
+    forward = config.loop.micro_batch_size or -(-config.loop.batch_size // config.loop.accumulate)
+    validation = Batches(cache.split("val"), max(2 * forward, 2 * session.world_size), shuffle=False, **shared)
+    return training, validation
+
+
+def _counts(cache: Cache) -> dict[str, Any]:
+    import numpy as np
+
+    return {s: np.bincount(cache.split(s).labels, minlength=len(cache.classes)) for s in ("train", "val")}
+
+
+def use_threads(cpus: int | None, workers_here: int) -> None:
+    """Ray sets OMP_NUM_THREADS to a worker's CPUs, which may be fewer than it may use."""
+    torch.set_num_threads(cpus or max(1, (os.cpu_count() or 1) // max(workers_here, 1)))

@@ -1,0 +1,246 @@
+"""What a user sees while things run: our own lines, and a bar where a terminal is.
+
+Numbers are formatted from the journal's floats and nothing else, so that console and history cannot disagree.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+Record = dict[str, Any]
+BAR_AFTER_S = 2.0
+
+
+@cache
+def standard() -> Console:
+    """The console on standard output that everything shares."""
+    return Console(highlight=False)
+
+
+def say(text: str, style: str = "", console: Console | None = None) -> None:
+    """Print one line as it is: no markup, no wrapping, no colours of rich's own choice."""
+    (console or standard()).print(Text(text, style), soft_wrap=True)
+
+
+def warn(text: str, console: Console | None = None) -> None:
+    say(f"! {text}", "yellow", console)
+
+
+def table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    title: str | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print a table; columns of numbers stand to the right."""
+    from rich import box
+    from rich.table import Table
+
+    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for at, column in enumerate(columns):
+        numbers = bool(rows) and at > 0 and all(_is_numeric(row[at]) for row in rows)
+        drawn.add_column(Text(column), justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(Text(str(cell)) for cell in row))
+    (console or standard()).print(drawn)
+
+
+def _is_numeric(cell: Any) -> bool:
+    return isinstance(cell, (int, float)) or str(cell)[:1] in "0123456789+-–."
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 05 s`, `2 h 10 min`."""
+    if not 0 <= seconds < 1e7:
+        return "unknown time"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _bar(console: Console, known_total: bool) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+    )
+    if not known_total:
+        columns = (
+            TextColumn("{task.description}"),
+            SpinnerColumn(),
+            TextColumn("{task.completed:,.0f}"),
+        )
+    return Progress(
+        *columns,
+        TextColumn("[dim]{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+@contextmanager
+def progress(
+    description: str, total: int | None, console: Console | None = None
+) -> Iterator[Callable[[float], None]]:
+    """Show how far a piece of work is. Yields `update(done)`.
+
+    On a terminal a bar appears after 2 s and gives way to one line at the end; elsewhere there is that line alone.
+    """
+    console = console or standard()
+    began, done, lock = time.monotonic(), 0.0, threading.Lock()
+    bar: Progress | None = None
+    task: TaskID | None = None
+    over = False
+
+    def show() -> None:
+        nonlocal bar, task
+        with lock:
+            if not over:
+                bar = _bar(console, total is not None)
+                task = bar.add_task(escape(description), total=total, completed=int(done), note="")
+                bar.start()
+
+    def update(now_done: float) -> None:
+        nonlocal done
+        with lock:
+            done = now_done
+            if bar is not None and task is not None:
+                bar.update(task, completed=int(done))
+
+    timer = threading.Timer(BAR_AFTER_S, show)
+    timer.daemon = True
+    if console.is_terminal:
+        timer.start()
+    try:
+        yield update
+    finally:
+        timer.cancel()
+        with lock:
+            over = True
+            if bar is not None:
+                bar.stop()
+    if bar is not None or not console.is_terminal:
+        say(f"{description}: {done:,.0f} in {duration(time.monotonic() - began)}", console=console)
+
+
+class EpochPrinter:
+    """Follows a run's journal: a bar while an epoch's steps arrive (terminals only), then its lines."""
+
+    def __init__(self, name: str, console: Console | None = None) -> None:
+        self._name, self._console = name, console or standard()
+        self._epochs = self._steps_per_epoch = 0
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def handle(self, record: Record) -> None:
+        """Print what `record` says, if it says anything to a user."""
+        show = getattr(self, f"_on_{record['kind']}", None)
+        if show is not None:
+            show(record)
+
+    def close(self) -> None:
+        """Take the bar away. Call it however the run ended."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = self._task = None
+
+    def _say(self, text: str, style: str = "") -> None:
+        say(text, style, self._console)
+
+    def _warn(self, warning: dict[str, str]) -> None:
+        warn(f"{warning['name']}: {warning['message']}", self._console)
+
+    def _on_attempt(self, record: Record) -> None:
+        self.close()
+        self._epochs, self._steps_per_epoch = record["epochs"], record["steps_per_epoch"]
+        over = (
+            f"passed over {', '.join(record['passed_over'])} (damaged)"
+            if record["passed_over"]
+            else ""
+        )
+        if record["resumed_from"]:
+            done, step = record["epoch"], record["step"]
+            at_end = step == done * self._steps_per_epoch
+            where = f"after epoch {done}" if at_end else f"epoch {done + 1}"
+            self._say(
+                f"Resumed from {record['resumed_from']} ({where}, step {step}){'; ' + over if over else ''}"
+            )
+        elif record["attempt"] > 1 or over:
+            self._say(
+                f"Starting from the beginning: no valid checkpoint{'; ' + over if over else ''}",
+                "yellow",
+            )
+        else:
+            workers = "1 worker" if record["world_size"] == 1 else f"{record['world_size']} workers"
+            self._say(
+                f"{self._name}: {self._epochs} epochs of {self._steps_per_epoch} updates on {workers}, {record['device']}",
+                "bold",
+            )
+
+    def _on_step(self, record: Record) -> None:
+        if not self._console.is_terminal:
+            return
+        if self._bar is None:
+            self._bar = _bar(self._console, known_total=True)
+            self._task = self._bar.add_task(
+                f"Epoch {record['epoch']}/{self._epochs}", total=self._steps_per_epoch, note=""
+            )
+            self._bar.start()
+        assert self._task is not None
+        note = f"loss {record['loss']:.4f}, {record['images_per_s']:,.0f} img/s"
+        self._bar.update(self._task, completed=record["epoch_step"], note=note)
+
+    def _on_epoch(self, record: Record) -> None:
+        self.close()
+        self._say(f"Epoch {record['epoch']}/{self._epochs}", "bold")
+        for subset in ("train", "val"):
+            line = (
+                f"{subset.capitalize()} - Loss: {record[f'{subset}_loss']:.4f}, "
+                f"Top-1: {record[f'{subset}_top1_acc']:.2f}%, "
+                f"Top-{record['top_k']}: {record[f'{subset}_top5_acc']:.2f}%"
+            )
+            self._say(f"{line} *best*" if subset == "val" and record["best"] else line)
+        left = (
+            f", {duration(record['seconds_left'])} left" if record["epoch"] < self._epochs else ""
+        )
+        self._say(
+            f"{record['images_per_s']:,.0f} img/s, {duration(record['seconds'])}{left}", "dim"
+        )
+        for warning in record["warnings"]:
+            self._warn(warning)
+
+    def _on_note(self, record: Record) -> None:
+        self._say(record["message"])
+
+    def _on_warning(self, record: Record) -> None:
+        self._warn(record)
+
+    def _on_end(self, record: Record) -> None:
+        self.close()
+        reason = f": {record['reason']}" if record.get("reason") else ""
+        said = f"{record['status'].replace('_', ' ').capitalize()}{reason}"
+        if best := record.get("best"):
+            number = f"{best['value']:.4f}" if "loss" in best["metric"] else f"{best['value']:.2f}%"
+            said += f". Best {best['metric']}: {number} at epoch {best['epoch']} ({best['folder']})"
+        self._say(said, "red" if record["status"] == "failed" else "")

@@ -1,0 +1,395 @@
+"""The only training loop: plain PyTorch, no Ray.
+
+A session (`fit.py` has Ray Train's, tests a local one) says which rank this is, keeps the journal and
+the checkpoints; everything that is learned or measured happens here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from potstill.config import Loop
+from potstill.data.augment import Augment
+from potstill.data.batches import Batches, micro_batches
+from potstill.errors import UserError
+from potstill.metrics import Meter, Predictions, evaluate, top_k
+from potstill.optim import LearningRate
+from potstill.runs import Checkpoint
+from potstill.task import Task, Teacher
+from potstill.watch import check_epoch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Snapshot:
+    """All that a run needs to go on: what a session writes as a checkpoint."""
+
+    step: int
+    model_state: dict[str, Tensor]
+    state: dict[str, Any]
+    meta: dict[str, Any]
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
+class Session(Protocol):
+    rank: int
+    world_size: int
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Send a record to the journal: cheap, buffered, rank 0 only."""
+        ...
+
+    def report(self, metrics: dict[str, Any], snapshot: Snapshot) -> None:
+        """Keep a checkpoint. Collective."""
+        ...
+
+    def resume_from(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest valid checkpoint, and the names of damaged ones that are newer."""
+        ...
+
+    def preempted(self) -> bool:
+        """Whether this process is about to be stopped; every rank gets the same answer. Collective."""
+        ...
+
+
+class LossNotFinite(UserError):
+    """The loss became NaN or infinite."""
+
+
+class Stopped(UserError):
+    """The run was asked to stop; it has saved where it is."""
+
+
+@dataclass
+class Progress:
+    """Where a run is. `step` counts updates since its start, `epoch_step` those of the epoch under way."""
+
+    epoch: int = 0
+    epoch_step: int = 0
+    step: int = 0
+    bad_epochs: int = 0
+    seconds: float = 0.0
+    best: dict[str, Any] | None = None
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+
+
+def higher_is_better(monitor: str) -> bool:
+    return not monitor.endswith("loss")
+
+
+def autocast_of(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
+    if precision == "fp32":
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, dtype=DTYPES[precision])
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """Dropout and the like are a function of the position: there is no random state to save."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest())
+
+
+def train(
+    task: Task,
+    teachers: Sequence[Teacher],
+    optimizer: torch.optim.Optimizer,
+    learning_rate: LearningRate,
+    batches: Batches,
+    val_batches: Batches,
+    augment: Augment,
+    cfg: Loop,
+    session: Session,
+    *,
+    device: torch.device,
+    classes: Sequence[str],
+    attempt: int = 1,
+    opening: Sequence[dict[str, Any]] = (),
+    facts: dict[str, Any] | None = None,
+) -> Progress:
+    """Train `task` for `cfg.epochs`, or go on from the session's newest checkpoint.
+
+    `opening` are records (notes, warnings about the data) that follow the attempt's first one, which
+    also carries `facts`. Every epoch ends with an evaluation, a record and a checkpoint. Raises LossNotFinite (the last good
+    checkpoint stands) and Stopped.
+    """
+    training = _Training(
+        task, teachers, optimizer, learning_rate, batches, val_batches, augment, cfg, session, device, classes, attempt
+    )
+    return training.run(opening, facts or {})
+
+
+class _Training:
+    def __init__(
+        self, task, teachers, optimizer, learning_rate, batches, val_batches, augment, cfg, session, device, classes, attempt
+    ) -> None:
+        self.task: Task = task
+        self.teachers: Sequence[Teacher] = teachers
+        self.optimizer: torch.optim.Optimizer = optimizer
+        self.learning_rate: LearningRate = learning_rate
+        self.batches: Batches = batches
+        self.val_batches: Batches = val_batches
+        self.augment: Augment = augment
+        self.cfg: Loop = cfg
+        self.session: Session = session
+        self.device: torch.device = device
+        self.classes: Sequence[str] = classes
+        self.attempt: int = attempt
+        self.autocast = autocast_of(cfg.precision, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+        self.at = Progress()
+        self.meter = self._new_meter()
+        self.forward: nn.Module = task
+        self._window = torch.zeros(2, dtype=torch.float64, device=device)  # sum and weight of the loss since the last log
+        self._clock = 0.0
+
+    def _new_meter(self) -> Meter:
+        return Meter(len(self.classes), self.device, terms=[t.name for t in self.task.terms])
+
+    def run(self, opening: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Progress:
+        self._resume(facts)
+        for record in opening:
+            self._log(**record)
+        if self.session.world_size > 1:
+            # buffers are averaged when they are used (_share_buffers), not sent at every step
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.forward = DistributedDataParallel(self.task, device_ids=ids, broadcast_buffers=False)
+        while self.at.epoch < self.cfg.epochs and not self._out_of_patience():
+            self._train_epoch()
+        return self.at
+
+    def _out_of_patience(self) -> bool:
+        return self.cfg.patience is not None and self.at.bad_epochs >= self.cfg.patience
+
+    # ------------------------------------------------------------------------------------- one epoch
+    def _train_epoch(self) -> None:
+        at, cfg = self.at, self.cfg
+        self.task.train()
+        lr, images, counted_from = 0.0, 0, at.epoch_step
+        started = window_started = self._clock = time.perf_counter()
+        window_images = 0
+        for batch in self.batches.epoch(at.epoch, at.epoch_step):
+            lr = self.learning_rate.before_step(at.step)
+            self._update(batch)
+            at.step, at.epoch_step = at.step + 1, at.epoch_step + 1
+            n = int(batch["weight_total"])
+            images, window_images = images + n, window_images + n
+            last = at.epoch_step == self.batches.steps
+            if at.step % cfg.log_every_steps == 0 or last:
+                values = {"epoch": at.epoch + 1, "epoch_step": at.epoch_step, "loss": self._window_loss(), "lr": lr}
+                now = time.perf_counter()
+                values["images_per_s"] = window_images / (now - window_started)
+                window_started, window_images = now, 0
+                if self.scaler.is_enabled():
+                    values["loss_scale"] = self.scaler.get_scale()
+                self._log("step", **values)
+                if not last and self.session.preempted():
+                    self._save_within_epoch()
+                    raise Stopped(f"stopped at step {at.step} and saved; the same command goes on from here")
+            if not last and at.step % cfg.checkpoint_every_steps == 0:
+                self._save_within_epoch()
+        train_seconds = time.perf_counter() - started
+        self._finish_epoch(lr, started, images / train_seconds, at.epoch_step - counted_from)
+
+    def _finish_epoch(self, lr: float, started: float, images_per_s: float, steps_done: int) -> None:
+        at, cfg = self.at, self.cfg
+        trained = self.meter.compute()
+        self._refuse_bad_weights()
+        measured, found = self._evaluate()
+        seconds = time.perf_counter() - started
+        self._tick()
+        record = {
+            "epoch": at.epoch + 1,
+            "train_loss": trained["loss"],
+            "train_top1_acc": trained["top1_acc"],
+            "train_top5_acc": trained["top5_acc"],
+            "val_loss": measured["loss"],
+            "val_top1_acc": measured["top1_acc"],
+            "val_top5_acc": measured["top5_acc"],
+            "val_macro_f1": measured["macro_f1"],
+            "lr": lr,
+            "top_k": top_k(len(self.classes)),
+            "terms": {
+                t.name: {"loss": trained[f"term/{t.name}"], "weighted": t.weight * trained[f"term/{t.name}"]}
+                for t in self.task.terms
+            },
+            "seconds": seconds,
+            "images_per_s": images_per_s,
+            "seconds_left": (cfg.epochs - at.epoch - 1) * seconds * self.batches.steps / max(steps_done, 1),
+        }
+        value = record[cfg.monitor]
+        better = at.best is None or (value > at.best["value"] if higher_is_better(cfg.monitor) else value < at.best["value"])
+        at.bad_epochs = 0 if better else at.bad_epochs + 1
+        if better:
+            at.best = {
+                "folder": f"step-{at.step:08d}",
+                "step": at.step,
+                "epoch": at.epoch + 1,
+                "metric": cfg.monitor,
+                "value": value,
+            }
+        record["best"] = better
+        at.epochs.append({k: record[k] for k in ("train_loss", "train_top1_acc", "val_loss", "val_top1_acc")})
+        record["warnings"] = check_epoch(at.epochs, found.label, found.prediction, self.classes)
+        self.learning_rate.after_epoch(value)
+        at.epoch, at.epoch_step = at.epoch + 1, 0
+        self.meter = self._new_meter()
+        self._log("epoch", **record)
+        self._save(epoch_done=True, metrics=record, files={"val_predictions.npz": _npz(found)})
+
+    # ------------------------------------------------------------------------------------ one update
+    def _update(self, batch: dict[str, Tensor]) -> None:
+        """One optimizer step from this rank's share of a global batch."""
+        torch.manual_seed(_step_seed(self.cfg.seed, self.at.step, self.session.rank))
+        parts = micro_batches(batch, self.cfg.micro_batch_size, self.cfg.accumulate)
+        for i, part in enumerate(parts):
+            with self._no_sync() if i + 1 < len(parts) else contextlib.nullcontext():
+                # DistributedDataParallel averages over ranks; the shares are meant to be added
+                self.scaler.scale(self._loss(part) * self.session.world_size).backward()
+        if self.cfg.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.task.parameters(), self.cfg.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _no_sync(self) -> AbstractContextManager:
+        return self.forward.no_sync() if isinstance(self.forward, DistributedDataParallel) else contextlib.nullcontext()
+
+    def _loss(self, part: dict[str, Tensor]) -> Tensor:
+        padded = not bool(part["weight"].all())
+        batch = self._to_device(part)
+        batch["image"] = self.augment.train(batch["image"], batch["id"], batch["view"])
+        with self.autocast():
+            for teacher in self.teachers:
+                batch = teacher(batch)
+            loss, shares, outputs = self.forward(batch)
+        weight = batch["weight"].sum()
+        to_mean = batch["weight_total"] / weight.clamp(min=1e-12)
+        self.meter.update_mean("loss", loss.detach() * to_mean, weight)
+        self._window += torch.stack([(loss.detach() * batch["weight_total"]).double(), weight.double()])
+        for name, share in shares.items():
+            self.meter.update_mean(f"term/{name}", share * to_mean, weight)
+        self.meter.update_classified(outputs["logits"].detach(), batch["label"], batch["weight"], padded)
+        return loss
+
+    def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+
+    # ------------------------------------------------------------------------------------ evaluation
+    def _evaluate(self) -> tuple[dict[str, float], Predictions]:
+        self._share_buffers()
+        self.task.eval()
+        return evaluate(self._predict, self._val_batches(), len(self.classes), self.device, self.autocast)
+
+    def _predict(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.task.model(batch)["logits"]
+
+    def _val_batches(self) -> Iterator[dict[str, Tensor]]:
+        for batch in self.val_batches.epoch(0):
+            batch = self._to_device(batch)
+            batch["image"] = self.augment.eval(batch["image"])
+            yield batch
+
+    # ---------------------------------------------------------------------------- what must be finite
+    def _window_loss(self) -> float:
+        """The mean loss of all ranks since the last call. Collective; raises LossNotFinite on every rank alike."""
+        if self.session.world_size > 1:
+            dist.all_reduce(self._window)
+        total, weight = self._window.tolist()
+        self._window.zero_()
+        loss = total / weight if weight else 0.0
+        if not math.isfinite(loss):
+            self._refuse(f"the training loss is {loss}")
+        return loss
+
+    def _refuse_bad_weights(self) -> None:
+        finite = torch.stack([p.detach().isfinite().all() for p in self.task.parameters()]).all()
+        if not bool(finite):
+            self._refuse("weights are NaN or infinite")
+
+    def _refuse(self, what: str) -> None:
+        checkpoint, _ = self.session.resume_from()
+        good = checkpoint.folder.name if checkpoint else "none yet"
+        raise LossNotFinite(
+            f"{what} at step {self.at.step} (epoch {self.at.epoch + 1}); last good checkpoint: {good}. Lower "
+            "optimizer.lr, set loop.clip_norm, or use loop.precision=bf16 or fp32, and start again under another run.name"
+        )
+
+    # ----------------------------------------------------------------------------------- checkpoints
+    def _share_buffers(self) -> None:
+        """Let every rank have the mean of the batch statistics."""
+        if self.session.world_size > 1:
+            for buffer in self.task.buffers():
+                if buffer.is_floating_point():
+                    dist.all_reduce(buffer)
+                    buffer /= self.session.world_size
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        self.at.seconds, self._clock = self.at.seconds + now - self._clock, now
+
+    def _save_within_epoch(self) -> None:
+        self._refuse_bad_weights()
+        self._tick()
+        self._share_buffers()
+        self._save(epoch_done=False, metrics={})
+
+    def _save(self, epoch_done: bool, metrics: dict[str, Any], files: dict[str, bytes] | None = None) -> None:
+        at = self.at
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "learning_rate": self.learning_rate.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "progress": vars(at),
+            "meter": self.meter.state(),
+        }
+        meta = {"epoch": at.epoch, "epoch_step": at.epoch_step, "epoch_done": epoch_done, "best": at.best}
+        model_state = self.task.model.state_dict()
+        self.session.report({**metrics, "step": at.step}, Snapshot(at.step, model_state, state, meta, files or {}))
+        self._log("checkpoint", folder=f"step-{at.step:08d}", epoch_done=epoch_done)
+
+    def _resume(self, facts: dict[str, Any]) -> None:
+        checkpoint, passed_over = self.session.resume_from()
+        if checkpoint:
+            state = checkpoint.state()
+            self.task.model.load_state_dict(checkpoint.model_state())
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.learning_rate.load_state_dict(state["learning_rate"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.at = Progress(**state["progress"])
+            self.meter.load_state(state["meter"], self.session.rank)
+        self._log(
+            "attempt",
+            epoch=self.at.epoch,
+            resumed_from=checkpoint.folder.name if checkpoint else None,
+            passed_over=passed_over,
+            total_steps=self.batches.steps * self.cfg.epochs,
+            steps_per_epoch=self.batches.steps,
+            epochs=self.cfg.epochs,
+            world_size=self.session.world_size,
+            device=str(self.device),
+            **facts,
+        )
+
+    def _log(self, kind: str, **values: Any) -> None:
+        self.session.log({"kind": kind, "attempt": self.attempt, "step": self.at.step, "time": time.time(), **values})
+
+
+def _npz(found: Predictions) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **found.arrays())
+    return buffer.getvalue()

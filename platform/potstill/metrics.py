@@ -1,0 +1,157 @@
+"""What is measured: sample-weighted means and torchmetrics collections, over all ranks.
+
+Shapes: B samples, K classes, N samples of a split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from potstill.losses import cross_entropy
+
+
+def top_k(num_classes: int) -> int:
+    """The k of "top5": 5, or one less than the number of classes, where top-5 would always be right."""
+    return max(1, min(5, num_classes - 1))
+
+
+class Meter:
+    """Means of an epoch over every sample of every rank; the one place where numbers are averaged.
+
+    `compute()` returns loss, top1_acc, top5_acc (percent) and what else was asked for. It is collective.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device, terms: Iterable[str] = (), macro_f1: bool = False) -> None:
+        options: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
+        accuracies: dict[str, Any] = {
+            "top1_acc": MulticlassAccuracy(top_k=1, average="micro", **options),
+            "top5_acc": MulticlassAccuracy(top_k=top_k(num_classes), average="micro", **options),
+        }
+        if macro_f1:
+            accuracies["macro_f1"] = MulticlassF1Score(average="macro", **options)
+        self.classified = MetricCollection(accuracies, compute_groups=False).to(device)
+        means = {name: MeanMetric(nan_strategy="disable") for name in ("loss", *(f"term/{t}" for t in terms))}
+        self.means = MetricCollection(dict(means), compute_groups=False).to(device)
+        self.means.set_dtype(torch.float64)
+        for collection in (self.classified, self.means):
+            collection.persistent(True)
+
+    def update_mean(self, name: str, value: Tensor, weight: Tensor | float) -> None:
+        """`value` [] or [B], `weight` alike."""
+        self.means[name].update(value.double(), torch.as_tensor(weight, dtype=torch.float64, device=value.device))
+
+    def update_classified(self, logits_BK: Tensor, label_B: Tensor, weight_B: Tensor, padded: bool) -> None:
+        """`padded`: whether some weights are 0; those samples are left out."""
+        if padded:
+            real = weight_B > 0
+            logits_BK, label_B = logits_BK[real], label_B[real]
+        if len(label_B):
+            self.classified.update(logits_BK.float(), label_B)
+
+    def compute(self) -> dict[str, float]:
+        values = {k: float(v) for k, v in self.means.compute().items()}
+        values.update({k: 100.0 * float(v) for k, v in self.classified.compute().items()})
+        return values
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums over all ranks so far. Collective."""
+        sums = {}
+        for prefix, collection in (("means.", self.means), ("classified.", self.classified)):
+            for name, value in collection.state_dict().items():
+                total = value.clone()
+                if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                    dist.all_reduce(total)
+                sums[prefix + name] = total.cpu()
+        return sums
+
+    def load_state(self, sums: dict[str, Tensor], rank: int) -> None:
+        """Rank 0 takes up the sums of all; the others start from nothing."""
+        if rank == 0:
+            self.means.load_state_dict({k[6:]: v for k, v in sums.items() if k.startswith("means.")})
+            self.classified.load_state_dict({k[11:]: v for k, v in sums.items() if k.startswith("classified.")})
+            for collection in (self.means, self.classified):
+                for metric in collection.values():
+                    metric._update_count = 1  # it has been updated, in the life before
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of a split, in the order of sample ids. `prediction` and `label` are class indices."""
+
+    id: np.ndarray
+    label: np.ndarray
+    prediction: np.ndarray
+    confidence: np.ndarray
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"id": self.id, "label": self.label, "prediction": self.prediction, "confidence": self.confidence}
+
+
+@torch.inference_mode()
+def evaluate(
+    predict: Callable[[dict[str, Tensor]], Tensor],
+    batches: Iterable[dict[str, Tensor]],
+    num_classes: int,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+) -> tuple[dict[str, float], Predictions]:
+    """Run `predict(batch) -> logits [B,K]` over a split.
+
+    Returns loss (cross-entropy without smoothing, so that every model is measured by the same), top1_acc,
+    top5_acc, macro_f1 (percent), and the predictions of all ranks. Collective.
+    """
+    meter = Meter(num_classes, device, macro_f1=True)
+    columns: list[tuple[Tensor, ...]] = []
+    for batch in batches:
+        weight_B = batch["weight"]
+        padded = not bool(weight_B.all())
+        with autocast():
+            logits_BK = predict(batch).float()
+        loss_B = cross_entropy(logits_BK, batch["label"])
+        meter.update_mean("loss", loss_B, weight_B)
+        meter.update_classified(logits_BK, batch["label"], weight_B, padded)
+        confidence_B, prediction_B = logits_BK.softmax(dim=1).max(dim=1)
+        real = weight_B > 0
+        columns.append(tuple(c[real] for c in (batch["id"], batch["label"], prediction_B, confidence_B)))
+    joined = [torch.cat(c).cpu().numpy() for c in zip(*columns, strict=True)] if columns else []
+    joined = _gather(joined)
+    order = np.argsort(joined[0], kind="stable")
+    ids, label, prediction, confidence = (c[order] for c in joined)
+    found = Predictions(ids, label.astype(np.int32), prediction.astype(np.int32), confidence.astype(np.float32))
+    return meter.compute(), found
+
+
+def _gather(columns: list[np.ndarray]) -> list[np.ndarray]:
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return columns
+    parts: list[list[np.ndarray]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, columns)
+    return [np.concatenate(c) for c in zip(*(p for p in parts if p), strict=True)]
+
+
+def per_class(found: Predictions, classes: list[str]) -> list[dict[str, Any]]:
+    """Precision, recall and F1 (percent) and the number of samples of each class, in class order."""
+    from torchmetrics.functional.classification import multiclass_f1_score, multiclass_precision, multiclass_recall
+
+    prediction, label = torch.from_numpy(found.prediction).long(), torch.from_numpy(found.label).long()
+    options: dict[str, Any] = {"num_classes": len(classes), "average": "none"}
+    scores = {
+        "precision": multiclass_precision(prediction, label, **options),
+        "recall": multiclass_recall(prediction, label, **options),
+        "f1": multiclass_f1_score(prediction, label, **options),
+    }
+    support = np.bincount(found.label, minlength=len(classes))
+    return [
+        {"class": name, "support": int(support[k]), **{s: 100.0 * float(v[k]) for s, v in scores.items()}}
+        for k, name in enumerate(classes)
+    ]

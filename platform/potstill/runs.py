@@ -1,0 +1,315 @@
+"""A run's folder: identity, lock, journal, history, checkpoints. Every write is atomic or an append.
+
+    <runs.dir>/<name>/
+        config.yaml             the config that the run was started with
+        run.json                what it is: classes, dataset, teacher, git commit, versions
+        journal.jsonl           append-only; history, console, plots and Aim are made from it
+        training_history.json   one entry an epoch, in percent
+        summary.json            written when the run ends
+        checkpoints/step-*/     model.safetensors, state.pt, val_predictions.npz, meta.json (last: the commit)
+        plots/  report.html
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from potstill.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+HISTORY_KEYS = (
+    "train_loss",
+    "train_top1_acc",
+    "train_top5_acc",
+    "val_loss",
+    "val_top1_acc",
+    "val_top5_acc",
+    "val_macro_f1",
+    "lr",
+)
+
+
+# ------------------------------------------------------------------------------------------- writing
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Write beside `path`, sync, rename: a reader sees the old file or the new one, never a part."""
+    data = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    atomic_write(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ------------------------------------------------------------------------------------------- journal
+Record = dict[str, Any]
+
+
+def append_records(run_dir: Path, records: list[Record]) -> None:
+    """Append to the journal and flush it to the disk; one `write` a call, so that lines never mix."""
+    text = "".join(json.dumps(r, separators=(",", ":")) + "\n" for r in records)
+    handle = os.open(run_dir / "journal.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, text.encode())
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def mend_journal(run_dir: Path) -> None:
+    """End a line that a crash has torn, so that the next record starts on one of its own."""
+    path = run_dir / "journal.jsonl"
+    if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+        with open(path, "ab") as file:
+            file.write(b"\n")
+
+
+def read_journal(run_dir: Path) -> list[Record]:
+    """The run's records, in order, without torn lines and without what a later attempt took over.
+
+    An attempt's first record says at which step it starts; records of earlier attempts past that step
+    are superseded, wherever they stand in the file.
+    """
+    path = run_dir / "journal.jsonl"
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if isinstance(record, dict) and "kind" in record:
+                records.append(record)
+    starts = {r["attempt"]: r["step"] for r in records if r["kind"] == "attempt"}
+    taken_over: dict[int, float] = {}
+    limit = math.inf
+    for attempt in sorted(starts, reverse=True):
+        taken_over[attempt] = limit
+        limit = min(limit, starts[attempt])
+    kept = [r for r in records if r["kind"] == "attempt" or r.get("step", 0) <= taken_over.get(r["attempt"], math.inf)]
+    # an earlier attempt's end (it failed, or was stopped) is no longer how the run ended
+    last = max(starts, default=0)
+    return [r for r in kept if r["kind"] != "end" or r["attempt"] == last]
+
+
+def last_attempt(run_dir: Path) -> int:
+    """How often the run was started so far."""
+    return max((r["attempt"] for r in read_journal(run_dir) if r["kind"] == "attempt"), default=0)
+
+
+def history(records: list[Record]) -> dict[str, list[float]]:
+    """`training_history.json`: one entry an epoch under each of HISTORY_KEYS, straight from the journal."""
+    epochs = [r for r in records if r["kind"] == "epoch"]
+    return {key: [r[key] for r in epochs] for key in HISTORY_KEYS if any(key in r for r in epochs)}
+
+
+# -------------------------------------------------------------------------------------------- folder
+@contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """Keep a second process out of the folder. The lock dies with its owner.
+
+    Raises UserError if another process holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    handle = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(handle, 64, 0).decode(errors="replace").strip() or "unknown"
+            raise UserError(
+                f"run.name: {run_dir} is in use by process {owner}; wait for it, or give this run another run.name"
+            ) from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file() and (path / "run.json").is_file()
+
+
+def open_run(path: str | Path, key: str) -> Path:
+    """The folder of an existing run. `key` is the config key that named it, for the error.
+
+    Raises UserError if it is not a run.
+    """
+    folder = Path(path).expanduser().resolve()
+    if is_run(folder):
+        return folder
+    if not folder.exists():
+        raise UserError(f"{key} must be the folder of a run, got {path!s}, which does not exist; runs stand in runs.dir")
+    found = sorted(p.name for p in folder.iterdir() if p.is_dir() and is_run(p))[:5]
+    remedy = f"it holds the runs {', '.join(found)}: name one of them" if found else "start one with jobs/train.py"
+    raise UserError(f"{key} must be the folder of a run (config.yaml and run.json), got {path!s}; {remedy}")
+
+
+# --------------------------------------------------------------------------------------- checkpoints
+@dataclass(frozen=True)
+class Checkpoint:
+    folder: Path
+    meta: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.meta["step"]
+
+    def model_state(self) -> dict[str, torch.Tensor]:
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / "model.safetensors")
+
+    def state(self) -> dict[str, Any]:
+        """Optimizer, schedule, scaler and position."""
+        import torch
+
+        return torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    model_state: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    meta: dict[str, Any],
+    files: dict[str, bytes] | None = None,
+) -> Checkpoint:
+    """Write a checkpoint beside its name, sync it, rename it. meta.json, written last, commits it.
+
+    `meta["best"]` names the best checkpoint so far (maybe this one): together with the two newest it is
+    what `prune_checkpoints` keeps.
+    """
+    import torch
+    from safetensors.torch import save
+
+    folder = run_dir / "checkpoints" / checkpoint_name(step)
+    if folder.exists():
+        if (found := _valid(folder)) and found.meta.get("epoch_done") == meta.get("epoch_done"):
+            return found  # an orphan of an earlier attempt has just written the same step
+        shutil.rmtree(folder)
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    contents = {
+        "model.safetensors": save({k: v.detach().cpu().contiguous() for k, v in model_state.items()}),
+        "state.pt": buffer.getvalue(),
+        **(files or {}),
+    }
+    sums = {}
+    for name, content in contents.items():
+        atomic_write(beside / name, content)
+        sums[name] = hashlib.sha256(content).hexdigest()
+    meta = {**meta, "step": step, "time": time.time(), "sha256": sums}
+    write_json(beside / "meta.json", meta)
+    os.replace(beside, folder)
+    _sync_folder(folder.parent)
+    return Checkpoint(folder, meta)
+
+
+def _valid(folder: Path) -> Checkpoint | None:
+    try:
+        meta = read_json(folder / "meta.json")
+        if all(file_sha256(folder / name) == digest for name, digest in meta["sha256"].items()):
+            return Checkpoint(folder, meta)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return None
+
+
+def newest_checkpoint(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest valid checkpoint, and the names of newer ones that were passed over as damaged."""
+    passed_over = []
+    for folder in sorted((run_dir / "checkpoints").glob("step-*"), reverse=True):
+        if found := _valid(folder):
+            return found, passed_over
+        passed_over.append(folder.name)
+    return None, passed_over
+
+
+def best_checkpoint(run_dir: Path) -> Checkpoint:
+    """The best checkpoint by `loop.monitor`, as the newest valid one names it.
+
+    Raises UserError if the run has none, or if the best one is damaged.
+    """
+    newest, _ = newest_checkpoint(run_dir)
+    if newest is None or not newest.meta.get("best"):
+        raise UserError(f"{run_dir} has no finished epoch yet; start its command again and let it train")
+    name = newest.meta["best"]["folder"]
+    if found := _valid(run_dir / "checkpoints" / name):
+        return found
+    raise UserError(f"{run_dir / 'checkpoints' / name} is damaged (its SHA-256 does not match); use checkpoint=last")
+
+
+def pick_checkpoint(run_dir: Path, which: str) -> Checkpoint:
+    """`which`: best | last. Raises UserError where there is none."""
+    if which == "best":
+        return best_checkpoint(run_dir)
+    found, _ = newest_checkpoint(run_dir)
+    if which != "last":
+        raise UserError(f"checkpoint must be best or last, got {which!r}")
+    if found is None:
+        raise UserError(f"{run_dir} has no valid checkpoint; start its command again and let it train")
+    return found
+
+
+def prune_checkpoints(run_dir: Path, keep_newest: int = 2) -> None:
+    """Remove all but the newest ones and the best one; leftovers of interrupted writes go too."""
+    root = run_dir / "checkpoints"
+    folders = sorted(root.glob("step-*"), reverse=True)
+    keep = {f.name for f in folders[:keep_newest]}
+    for folder in folders[:keep_newest]:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            keep.add(read_json(folder / "meta.json")["best"]["folder"])
+    for folder in folders:
+        if folder.name not in keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    for leftover in root.glob(".step-*.tmp"):
+        if leftover.stat().st_mtime < time.time() - 600:
+            shutil.rmtree(leftover, ignore_errors=True)

@@ -1,0 +1,29 @@
+"""One quiet Ray for whoever needs it."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+
+def start_ray(num_cpus: int | None = None) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start a Ray of our own on this machine. Idempotent.
+
+    Ray's console output stays out of ours; its logs are under /tmp/ray/session_latest/logs.
+    """
+    # `uv run` would otherwise pack the working directory and start every worker through uv
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    import ray
+
+    if ray.is_initialized():
+        return
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    quiet = {"log_to_driver": False, "configure_logging": False, "logging_level": "ERROR"}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+        return
+    # one machine has nobody to warn of its preemption
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    ray.init(num_cpus=num_cpus, include_dashboard=False, object_store_memory=512 * 2**20, **quiet)

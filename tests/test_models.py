@@ -1,0 +1,234 @@
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from potstill.errors import UserError
+from potstill.models.images import TimmModel, check_name, default_image_stats, freeze
+
+FAMILIES = {  # name: width of the features
+    "test_resnet": None,
+    "test_efficientnet": None,
+    "test_convnext": None,
+    "test_vit": None,
+    "mobilenetv3_small_050": None,
+    "tf_efficientnet_lite0": None,
+    "resnet18": 512,
+}
+
+
+def images(count: int = 2, px: int = 64, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, 3, px, px, generator=torch.Generator().manual_seed(seed))
+
+
+# ----------------------------------------------------------------------------------------- outputs
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_timms_own(name):
+    px = 160 if name == "test_vit" else 64
+    model = TimmModel(5, name=name, image_px=px).eval()
+    stats = default_image_stats(name)
+    mean, std = (torch.tensor(s).view(1, 3, 1, 1) for s in stats)
+    x = images(px=px)
+    with torch.no_grad():
+        out = model({"image": x, "label": torch.zeros(2)})
+        expected = model.net((x - mean) / std)
+    torch.testing.assert_close(out["logits"], expected)
+    assert out["logits"].shape == (2, 5)
+    assert out["logits"].std() > 0
+    assert out["features"].shape == (2, model.feature_dim)
+    assert FAMILIES[name] in (None, model.feature_dim)
+    torch.testing.assert_close(model.net.get_classifier()(out["features"]), expected)
+
+
+def test_each_model_has_its_own_normalisation():
+    assert default_image_stats("tf_efficientnet_lite0") == ((0.5,) * 3, (0.5,) * 3)
+    assert default_image_stats("resnet18").mean == (0.485, 0.456, 0.406)
+    model = TimmModel(2, name="test_vit")
+    assert not {"mean", "std"} & model.state_dict().keys()  # a file of weights stays timm's own
+
+
+def test_a_model_without_one_vector_of_features_has_logits_only():
+    model = TimmModel(3, name="efficientformer_l1").eval()  # the mean of two classifiers
+    assert model.feature_dim is None
+    with torch.no_grad():
+        assert model({"image": images(1, 224)}).keys() == {"logits"}
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "efficientvit_m0"])
+def test_dropout_is_timms_own(name):
+    """The second family drops after it has handed the features out, the first before."""
+    model = TimmModel(4, name=name, kwargs={"drop_rate": 0.5})
+    assert model.feature_dim
+    for module in model.modules():
+        module.training = not isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+    x = images(8, 160 if name == "test_resnet" else 224)
+    torch.manual_seed(0)
+    ours = model({"image": x})["logits"]
+    torch.manual_seed(0)
+    theirs = model.net((x - model.mean) / model.std)
+    torch.testing.assert_close(ours, theirs)
+    assert not torch.allclose(ours, model.eval()({"image": x})["logits"])
+
+
+def test_building_leaves_random_state_and_buffers_alone():
+    torch.manual_seed(3)
+    raw = timm.create_model("test_resnet", num_classes=4, drop_rate=0.2)
+    after_raw = torch.rand(3)
+    torch.manual_seed(3)
+    model = TimmModel(4, name="test_resnet", kwargs={"drop_rate": 0.2})
+    assert torch.equal(torch.rand(3), after_raw)
+    for name, tensor in raw.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[f"net.{name}"])
+    assert all(module.training for module in model.modules())
+
+
+def test_compiles_without_a_break():
+    model = TimmModel(4, name="test_resnet").eval()
+    x = images(2, 64)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled({"image": x})["logits"], model({"image": x})["logits"])
+
+
+def test_kwargs_and_drop_path_reach_timm():
+    model = TimmModel(3, name="resnet18", drop_path=0.3, kwargs={"channels": [8, 16, 24, 32]})
+    assert model.feature_dim == 32
+    assert any(getattr(m, "drop_prob", 0) for m in model.modules())
+
+
+# ------------------------------------------------------------------------------------- image sizes
+def test_a_transformer_is_built_for_its_image_size():
+    model = TimmModel(3, name="test_vit", image_px=96).eval()
+    assert model({"image": images(1, 96)})["logits"].shape == (1, 3)
+
+
+@pytest.mark.parametrize(("name", "px"), [("test_vit", 90), ("efficientformer_l1", 128)])
+def test_an_impossible_image_size_is_refused(name, px):
+    with pytest.raises(
+        UserError, match=rf"augment\.image_px .* got {px} for {name}: .*own size is"
+    ):
+        TimmModel(3, name=name, image_px=px)
+
+
+# ---------------------------------------------------------------------------------------- mistakes
+def test_unknown_name_gets_near_names():
+    with pytest.raises(
+        UserError, match=r"model\.name must be a timm model, got 'resnt18'; did you mean resnet18, "
+    ):
+        check_name("resnt18")
+    with pytest.raises(UserError, match=r"'qqqqqqqq'; all: timm\.list_models\(\)"):
+        check_name("qqqqqqqq")
+    with pytest.raises(
+        UserError, match=r"no weights 'resnet18\.x'; use resnet18 or one of resnet18\.a1_in1k"
+    ):
+        check_name("resnet18.x")
+    check_name("resnet18.a1_in1k")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "resnet18", "kwargs": {"bogus": 1}}, r"model\.kwargs must .*resnet18.*'bogus'"),
+        (
+            {"name": "resnet18", "kwargs": {"in_chans": 1}},
+            r"model\.kwargs must not hold in_chans, got 1",
+        ),
+        (
+            {"name": "vgg11", "drop_path": 0.1},
+            r"model\.drop_path: vgg11 takes none, got 0\.1; set it to null",
+        ),
+        (
+            {"name": "test_mambaout", "pretrained": True},
+            r"model\.pretrained=true needs weights, and timm has none",
+        ),
+    ],
+)
+def test_what_a_model_refuses_is_the_users(arguments, message):
+    with pytest.raises(UserError, match=message):
+        TimmModel(3, **arguments)
+
+
+def test_weights_out_of_reach_name_the_remedy(monkeypatch, tmp_path):
+    """The hub is sent to a port that nobody listens on; the cache is empty."""
+    import huggingface_hub as hub
+
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"model\.pretrained=true must download .*model\.init_from=<"
+    ):
+        TimmModel(3, name="test_resnet", pretrained=True)
+
+
+# ------------------------------------------------------------------------------------ frozen parts
+def trained_one_step(model: TimmModel, px: int) -> tuple[dict, dict]:
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    F.cross_entropy(model({"image": images(8, px)})["logits"], torch.arange(8) % 3).backward()
+    optimizer.step()
+    return before, model.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "trains", "rests"),
+    [
+        ("test_resnet", 1, "net.layer4.0.", "net.layer3.0."),
+        ("mobilenetv3_small_050", 2, "net.blocks.4.2.", "net.blocks.4.1."),
+        ("test_efficientnet", 0, "net.conv_head.", "net.blocks.5.0."),
+        ("test_convnext", 1, "net.stages.3.", "net.stages.2."),
+        ("test_vit", 2, "net.blocks.4.", "net.blocks.3."),
+    ],
+)
+def test_only_the_head_and_the_last_blocks_train(name, blocks, trains, rests):
+    px = 160 if name == "test_vit" else 64
+    model = TimmModel(3, name=name, image_px=px)
+    frozen = set(freeze(model, blocks))
+    assert frozen == {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert not frozen & set(model.head_parameter_names())
+    before, after = trained_one_step(model, px)
+    changed = {n for n in after if not torch.equal(before[n], after[n])}
+    assert not changed & frozen
+    assert changed >= set(model.head_parameter_names())
+    assert any(n.startswith(trains) for n in changed)
+    assert not any(
+        n.startswith(rests) for n in changed
+    )  # neither weights nor BatchNorm's statistics
+    first = next(iter(after)).removeprefix("net.").split(".")[0]
+    assert not any(n.startswith(f"net.{first}") for n in changed)
+
+
+def test_frozen_batchnorm_stays_put_and_the_rest_moves():
+    model = TimmModel(3, name="test_resnet")
+    freeze(model, 1)
+    before, after = trained_one_step(model, 64)
+    statistics = [n for n in after if "running" in n or "num_batches" in n]
+    moved = {n for n in statistics if not torch.equal(before[n], after[n])}
+    assert moved == {n for n in statistics if n.startswith("net.layer4.")}
+    model.eval()
+    assert not any(m.training for m in model.modules())
+
+
+def test_freezing_nothing_and_all_blocks():
+    model = TimmModel(3, name="test_resnet")
+    assert freeze(model, None) == []
+    stem = freeze(model, 4)
+    assert stem
+    assert all(n.startswith(("net.conv1", "net.bn1")) for n in stem)
+    with pytest.raises(
+        UserError, match=r"all_but_last_blocks must be from 0 to 4.* of test_resnet, got 5; null"
+    ):
+        freeze(model, 5)
+    with pytest.raises(UserError, match=r"from 0 to 4.*got -1"):
+        freeze(model, -1)
+
+
+def test_a_model_without_named_blocks_can_still_freeze_all_but_its_head():
+    model = TimmModel(3, name="pit_ti_224")
+    with pytest.raises(
+        UserError, match=r"timm names no blocks in pit_ti_224, got 1; use 0 or null"
+    ):
+        freeze(model, 1)
+    freeze(model, 0)
+    trains = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trains == model.head_parameter_names()
