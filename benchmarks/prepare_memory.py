@@ -104,7 +104,7 @@ def main() -> None:
     from potstill.config import Cache, Data, Decode
     from potstill.data.cache import open_cache
     from potstill.data.prepare import prepare
-    from potstill.session import start_ray
+    from potstill.cluster import start_ray
 
     with tempfile.TemporaryDirectory() as folder:
         source_bytes = make_jpegs(Path(folder) / "images", args.images)

@@ -6,15 +6,14 @@ import torch.nn.functional as F
 from potstill.errors import UserError
 from potstill.models.images import TimmModel, check_name, default_image_stats, freeze
 
-FAMILIES = {  # name: width of the features
-    "test_resnet": None,
-    "test_efficientnet": None,
-    "test_convnext": None,
-    "test_vit": None,
-    "mobilenetv3_small_050": None,
-    "tf_efficientnet_lite0": None,
-    "resnet18": 512,
-}
+FAMILIES = [
+    "test_resnet",
+    "test_efficientnet",
+    "test_convnext",
+    "test_vit",
+    "mobilenetv3_small_050",
+    "tf_efficientnet_lite0",
+]
 
 
 def images(count: int = 2, px: int = 64, seed: int = 0) -> torch.Tensor:
@@ -36,7 +35,6 @@ def test_logits_are_timms_own(name):
     assert out["logits"].shape == (2, 5)
     assert out["logits"].std() > 0
     assert out["features"].shape == (2, model.feature_dim)
-    assert FAMILIES[name] in (None, model.feature_dim)
     torch.testing.assert_close(model.net.get_classifier()(out["features"]), expected)
 
 
@@ -48,7 +46,7 @@ def test_each_model_has_its_own_normalisation():
 
 
 def test_a_model_without_one_vector_of_features_has_logits_only():
-    model = TimmModel(3, name="efficientformer_l1").eval()  # the mean of two classifiers
+    model = TimmModel(3, name="swiftformer_xs").eval()  # the mean of two classifiers
     assert model.feature_dim is None
     with torch.no_grad():
         assert model({"image": images(1, 224)}).keys() == {"logits"}
@@ -61,7 +59,7 @@ def test_dropout_is_timms_own(name):
     assert model.feature_dim
     for module in model.modules():
         module.training = not isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
-    x = images(8, 160 if name == "test_resnet" else 224)
+    x = images(4, 160 if name == "test_resnet" else 224)
     torch.manual_seed(0)
     ours = model({"image": x})["logits"]
     torch.manual_seed(0)
@@ -102,7 +100,7 @@ def test_a_transformer_is_built_for_its_image_size():
     assert model({"image": images(1, 96)})["logits"].shape == (1, 3)
 
 
-@pytest.mark.parametrize(("name", "px"), [("test_vit", 90), ("efficientformer_l1", 128)])
+@pytest.mark.parametrize(("name", "px"), [("test_vit", 90), ("levit_128s", 130)])
 def test_an_impossible_image_size_is_refused(name, px):
     with pytest.raises(
         UserError, match=rf"augment\.image_px .* got {px} for {name}: .*own size is"
@@ -175,7 +173,7 @@ def trained_one_step(model: TimmModel, px: int) -> tuple[dict, dict]:
     [
         ("test_resnet", 1, "net.layer4.0.", "net.layer3.0."),
         ("mobilenetv3_small_050", 2, "net.blocks.4.2.", "net.blocks.4.1."),
-        ("test_efficientnet", 0, "net.conv_head.", "net.blocks.5.0."),
+        ("test_efficientnet", 0, "net.conv_head.", "net.blocks.4.0."),
         ("test_convnext", 1, "net.stages.3.", "net.stages.2."),
         ("test_vit", 2, "net.blocks.4.", "net.blocks.3."),
     ],

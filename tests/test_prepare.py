@@ -31,7 +31,7 @@ CLASSES = ("ash", "beech", "cedar")
 @pytest.fixture(scope="module", autouse=True)
 def ray_here():
     """Ray with 2 CPUs, the one that is running where there is one."""
-    from potstill.session import start_ray
+    from potstill.cluster import start_ray
 
     mine = "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
     start_ray(num_cpus=2)  # imports ray: its environment must be set before

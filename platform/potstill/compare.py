@@ -135,6 +135,7 @@ def _draw(result: dict[str, Any]) -> bytes:
     axes.set_xlim(-0.4, 2.75)
     axes.margins(y=0.15)
     axes.set_ylabel(f"{result['metric']}{' (%)' if unit else ''}", color=MUTED)
+    verdict: str = result["verdict"]
     headline = {
         "helped": "Distillation helped",
         "hurt": "Distillation hurt",
@@ -147,5 +148,5 @@ def _draw(result: dict[str, Any]) -> bytes:
         facts = (
             f"gain {result['gain']:+.2f}, {len(pairs)} paired seed{'s' if len(pairs) > 1 else ''}"
         )
-    head(axes, headline.get(result["verdict"], result["verdict"].capitalize()), facts)
+    head(axes, headline.get(verdict, verdict.capitalize()), facts)
     return png(figure)

@@ -252,7 +252,7 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: str | None = N
     search = [f"hydra.searchpath=[file://{_config_dir(config_dir)}]"] if config_dir else []
     try:
         with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
-            composed = hydra_compose(name, [*overrides, *search], return_hydra_config=True)
+            composed = hydra_compose(name, [*map(_may_add, overrides), *search], return_hydra_config=True)
         choices = composed.hydra.runtime.choices
         with open_dict(composed):
             del composed["hydra"]
@@ -260,11 +260,21 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: str | None = N
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(name, overrides, error)) from None
+    assert isinstance(config, schema)
     if isinstance(config, Config):
         config.experiment = choices.get("experiment") or config.experiment
         config = apply_debug(config) if config.debug else config
     validate(config)
     return config
+
+
+# Open dicts of the config, whose keys are not ours to list.
+OPEN = ("model.kwargs", "task.terms")
+
+
+def _may_add(override: str) -> str:
+    """Let `model.kwargs.channels=…` add a key without Hydra's `+`."""
+    return f"++{override}" if override.startswith(OPEN) else override
 
 
 def _config_dir(folder: str) -> Path:
@@ -276,8 +286,10 @@ def _config_dir(folder: str) -> Path:
 
 def _explain(name: str, overrides: Sequence[str], error: Exception) -> str:
     """Say which key is meant and what is close to it, instead of Hydra's internals."""
-    text = " ".join(str(error).split())
-    keys = dict(flatten(to_dict(SCHEMAS[name]())))
+    # Hydra's own words are of little use, those of OmegaConf beneath it name the type
+    cause = error.__cause__ or error
+    text = " ".join(str(cause).split("full_key:")[0].split())
+    keys = _known_keys(name)
     groups = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in CONF_DIR.iterdir() if p.is_dir()}
     for override in overrides:
         key, _, value = override.partition("=")
@@ -289,15 +301,27 @@ def _explain(name: str, overrides: Sequence[str], error: Exception) -> str:
                 continue
             return f"{key} must be one of {', '.join(groups[key]) or 'none yet'}, got {value!r} (files of conf/{key}/)"
         known = key in keys or key in groups or any(k.startswith(key + ".") for k in keys)
-        free = any(key.startswith(f"{k}.") for k, v in keys.items() if v == {})
+        free = key.startswith(OPEN)
         if not known and not free:
-            near = difflib.get_close_matches(key, [*keys, *groups], n=3, cutoff=0.5) or difflib.get_close_matches(
-                key.split(".")[-1], [k.split(".")[-1] for k in keys], n=3, cutoff=0.6
-            )
+            near = difflib.get_close_matches(key, [*keys, *groups], n=2, cutoff=0.6)
             remedy = f"did you mean {' or '.join(near)}?" if near else "--help lists the keys"
             return f"{key} is not a key of this job (got {override!r}); {remedy}"
-    shown = next((o for o in overrides if o.partition("=")[0].lstrip("+~") in text), "")
-    return f"{shown or 'the config'} was refused: {text}"
+    key = str(getattr(cause, "full_key", "") or "the config")
+    shown = next((o for o in overrides if o.partition("=")[0].lstrip("+~") == key), key)
+    return f"{shown} was refused: {text}; --help lists the keys and their defaults"
+
+
+def _known_keys(name: str) -> dict[str, Any]:
+    """Every dotted key of a job's config and its default, those of plug-in nodes among them."""
+    import yaml
+
+    keys = dict(flatten(to_dict(SCHEMAS[name]())))
+    if name == "train":
+        for group in ("model", "task"):
+            for path in (CONF_DIR / group).glob("*.yaml"):
+                text = path.read_text().replace("${teacher.temperature}", "0")
+                keys.update(flatten(yaml.safe_load(text), f"{group}."))
+    return keys
 
 
 def apply_debug(config: Config) -> Config:

@@ -481,7 +481,7 @@ def _serve(run_dir: Path, repo_dir: Path, driver: int, warn: Callable[[str], Non
 
 def main(arguments: list[str]) -> int:
     """The child: `python -m potstill.tracking <run folder> <folder of .aim>`. One JSON message a line on stdout."""
-    os.nice(10)
+    os.nice(5)
     messages = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # Aim prints
 

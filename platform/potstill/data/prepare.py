@@ -321,7 +321,7 @@ def _manifest(plan: Plan, descriptions: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _run(plan: Plan, shards: list[Shard]) -> Iterator[dict[str, Any]]:
     """Build shards on all cores; their descriptions, in the order in which they are done."""
-    from potstill.session import start_ray
+    from potstill.cluster import start_ray
 
     start_ray()  # before ray is imported: it reads its environment then
     import ray.data

@@ -269,7 +269,8 @@ def _files(
 
 
 def _is_candidate(name: str, ignored: Counter[str]) -> bool:
-    extension = os.path.splitext(name)[1].lower()
+    stem, dot, end = name.rpartition(".")
+    extension = f"{dot}{end.lower()}" if stem else ""
     if extension in SIDECARS:
         ignored[extension] += 1
     return extension not in SIDECARS
