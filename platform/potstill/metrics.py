@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from potstill.losses import cross_entropy
@@ -23,6 +23,29 @@ from potstill.losses import cross_entropy
 def top_k(num_classes: int) -> int:
     """The k of "top5": 5, or one less than the number of classes, where top-5 would always be right."""
     return max(1, min(5, num_classes - 1))
+
+
+class WeightedMean(Metric):
+    """Mean of values by their weights, in float64; NaN stays NaN.
+
+    torchmetrics' MeanMetric forgets the weights where it is told to let NaN through.
+    """
+
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "weight"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
+
+    def update(self, value: Tensor, weight: Tensor) -> None:
+        """`value` and `weight`: both [] or both [B]."""
+        self.total += (value.double() * weight.double()).sum()
+        self.weight += weight.double().sum()
+
+    def compute(self) -> Tensor:
+        return self.total / self.weight
 
 
 class Meter:
@@ -40,15 +63,14 @@ class Meter:
         if macro_f1:
             accuracies["macro_f1"] = MulticlassF1Score(average="macro", **options)
         self.classified = MetricCollection(accuracies, compute_groups=False).to(device)
-        means = {name: MeanMetric(nan_strategy="disable") for name in ("loss", *(f"term/{t}" for t in terms))}
-        self.means = MetricCollection(dict(means), compute_groups=False).to(device)
-        self.means.set_dtype(torch.float64)
-        for collection in (self.classified, self.means):
-            collection.persistent(True)
+        self.classified.persistent(True)
+        self.means = MetricCollection(
+            {name: WeightedMean() for name in ("loss", *(f"term/{t}" for t in terms))}, compute_groups=False
+        ).to(device)
 
-    def update_mean(self, name: str, value: Tensor, weight: Tensor | float) -> None:
-        """`value` [] or [B], `weight` alike."""
-        self.means[name].update(value.double(), torch.as_tensor(weight, dtype=torch.float64, device=value.device))
+    def update_mean(self, name: str, value: Tensor, weight: Tensor) -> None:
+        """`value` and `weight`: both [] or both [B]."""
+        self.means[name].update(value, weight)
 
     def update_classified(self, logits_BK: Tensor, label_B: Tensor, weight_B: Tensor, padded: bool) -> None:
         """`padded`: whether some weights are 0; those samples are left out."""

@@ -308,7 +308,7 @@ def _mark_warnings(axes: Axes, epochs: Sequence[Record]) -> None:
                 va="top",
                 color=COLOURS["warning"],
                 fontsize=8,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.7},
             )
         seen.update(names)
 

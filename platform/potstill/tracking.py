@@ -114,7 +114,7 @@ class AimFollower:
         if self._child is None:
             return None
         assert self._child.stdin is not None
-        with suppress(OSError):  # it may have ended already
+        with suppress(OSError, ValueError):  # it may have ended, or been closed, already
             self._child.stdin.write("over\n")
             self._child.stdin.close()
         self._listener.join(timeout_s)

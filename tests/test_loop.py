@@ -1,0 +1,282 @@
+"""The loop without Ray: a local session, small models, milliseconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from potstill import runs
+from potstill.config import Augment as AugmentConfig
+from potstill.config import Loop, Optimizer, Schedule
+from potstill.data.augment import Augment
+from potstill.data.batches import Batches
+from potstill.loop import LossNotFinite, Stopped, train
+from potstill.optim import LearningRate, build_optimizer
+from potstill.task import Task, Teacher, build_terms
+
+CLASSES = ["blue", "green", "red"]
+CPU = torch.device("cpu")
+
+
+class Colours:
+    """A reader of 8 x 8 images, each of one noisy colour."""
+
+    def __init__(self, n: int = 50, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.ids = np.arange(n, dtype=np.int64)
+        self.labels = self.ids % 3
+        base = np.eye(3)[self.labels][:, ::-1] * 120 + 60
+        self.images = np.clip(base[:, None, None, :] + rng.normal(0, 50, (n, 8, 8, 3)), 0, 255).astype(np.uint8)
+        self.shard_rows = [16] * (n // 16) + ([n % 16] if n % 16 else [])
+
+    def read(self, rows):
+        return self.images[rows]
+
+
+class Net(nn.Module):
+    def __init__(self, norm: bool = True, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2)
+        self.norm = nn.BatchNorm2d(8) if norm else nn.GroupNorm(2, 8)
+        self.drop = nn.Dropout(dropout)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, batch):
+        features = self.norm(self.conv(batch["image"])).relu().mean((2, 3))
+        return {"features": features, "logits": self.fc(self.drop(features))}
+
+
+class LocalSession:
+    rank, world_size = 0, 1
+
+    def __init__(self, run_dir: Path, stop_at: int | None = None, die_at: int | None = None) -> None:
+        run_dir.mkdir(exist_ok=True)
+        self.run_dir, self.stop_at, self.die_at, self.step = run_dir, stop_at, die_at, 0
+
+    def log(self, record):
+        self.step = record["step"]
+        runs.append_records(self.run_dir, [record])
+        if self.die_at is not None and record["kind"] == "step" and self.step >= self.die_at:
+            raise KeyboardInterrupt
+
+    def report(self, metrics, snapshot):
+        runs.save_checkpoint(
+            self.run_dir, snapshot.step, snapshot.model_state, snapshot.state, snapshot.meta, snapshot.files
+        )
+        runs.prune_checkpoints(self.run_dir)
+
+    def resume_from(self):
+        return runs.newest_checkpoint(self.run_dir)
+
+    def preempted(self):
+        return self.stop_at is not None and self.step >= self.stop_at
+
+
+TERMS = {"task": {"loss": "cross_entropy", "inputs": ["logits", "label"], "weight": 1.0}}
+
+
+def run(run_dir: Path, *, session=None, net=None, terms=None, teachers=(), optimizer=None, schedule=None, attempt=None, **loop):
+    cfg = Loop(**{"epochs": 3, "batch_size": 16, "log_every_steps": 1, "checkpoint_every_steps": 100, **loop})
+    session = session or LocalSession(run_dir)
+    torch.manual_seed(cfg.seed)
+    task = Task(net or Net(), build_terms(terms or TERMS))
+    batches = Batches(Colours(), cfg.batch_size, seed=cfg.seed, shuffle=True)
+    opt = build_optimizer(task.model, {"fc.weight", "fc.bias"}, optimizer or Optimizer(lr=0.02), CPU)
+    rate = LearningRate(opt, schedule or Schedule(), batches.steps, cfg.epochs, cfg.monitor != "val_loss")
+    progress = train(
+        task,
+        teachers,
+        opt,
+        rate,
+        batches,
+        Batches(Colours(30, seed=1), 16, seed=0, shuffle=False),
+        Augment(AugmentConfig(flip=0.5, crop_scale=[0.7, 1.0]), 8, cfg.seed),
+        cfg,
+        session,
+        device=CPU,
+        classes=CLASSES,
+        attempt=attempt or 1 + runs.last_attempt(run_dir),
+    )
+    return task, progress
+
+
+def records(run_dir: Path, kind: str):
+    return [r for r in runs.read_journal(run_dir) if r["kind"] == kind]
+
+
+def weights(run_dir: Path):
+    return runs.pick_checkpoint(run_dir, "last").model_state()
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_it_learns_and_records_every_epoch(tmp_path):
+    _, progress = run(tmp_path / "r", epochs=6)
+    epochs = records(tmp_path / "r", "epoch")
+    assert [e["epoch"] for e in epochs] == [1, 2, 3, 4, 5, 6]
+    assert epochs[-1]["train_loss"] < 0.7 * epochs[0]["train_loss"]
+    assert epochs[-1]["val_top1_acc"] > 60
+    assert progress.best is not None
+    assert progress.best["value"] == max(e["val_top1_acc"] for e in epochs)
+    assert all(e["val_top5_acc"] >= e["val_top1_acc"] for e in epochs)
+    assert epochs[0]["top_k"] == 2
+    lrs = [s["lr"] for s in records(tmp_path / "r", "step")]
+    assert lrs[0] == 0.02
+    assert all(a > b for a, b in zip(lrs, lrs[1:], strict=False))
+
+
+def test_the_epochs_loss_is_the_mean_of_its_samples(tmp_path):
+    """50 samples in batches of 16, 16, 16, 2: the mean of batch means would be another number."""
+    frozen = Net(norm=False)
+    run(tmp_path / "r", net=frozen, epochs=1, optimizer=Optimizer(lr=1e-30, weight_decay=0))
+    whole = Colours()
+    augment = Augment(AugmentConfig(flip=0.5, crop_scale=[0.7, 1.0]), 8, 0)
+    batch = next(iter(Batches(whole, 50, seed=0, shuffle=True).epoch(0)))
+    with torch.no_grad():
+        logits = frozen({"image": augment.train(batch["image"], batch["id"], batch["view"])})["logits"]
+    by_hand = nn.functional.cross_entropy(logits, batch["label"]).item()
+    assert records(tmp_path / "r", "epoch")[0]["train_loss"] == pytest.approx(by_hand, rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", [{"micro_batch_size": 5}, {"accumulate": 3}])
+def test_accumulation_changes_no_number(tmp_path, parts):
+    run(tmp_path / "whole", net=_seeded(norm=False))
+    run(tmp_path / "parts", net=_seeded(norm=False), **parts)
+    for a, b in zip(records(tmp_path / "whole", "epoch"), records(tmp_path / "parts", "epoch"), strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
+        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-5)
+
+
+def _seeded(**options) -> Net:
+    torch.manual_seed(5)
+    return Net(**options)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("die_at", [6, 8])
+def test_a_run_that_died_ends_with_the_weights_of_one_that_did_not(tmp_path, precision, die_at):
+    """Dropout, batch statistics, Adam and the gradient scaler's state included."""
+    options = {"precision": precision, "checkpoint_every_steps": 3}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(whole, net=_seeded(dropout=0.3), **options)
+    with pytest.raises(KeyboardInterrupt):
+        run(broken, session=LocalSession(broken, die_at=die_at), net=_seeded(dropout=0.3), **options)
+    run(broken, net=_seeded(dropout=0.3), **options)
+    assert same(weights(whole), weights(broken))
+    told = [[r["train_loss"] for r in records(d, "epoch")] for d in (whole, broken)]
+    assert told[0] == pytest.approx(told[1], rel=1e-12)
+    steps = [[r["step"] for r in records(d, "step")] for d in (whole, broken)]
+    assert steps[0] == steps[1]
+    assert records(broken, "attempt")[1]["resumed_from"] == {6: "step-00000004", 8: "step-00000006"}[die_at]
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path):
+    run(tmp_path / "r", epochs=2)
+    newest = tmp_path / "r" / "checkpoints" / "step-00000008"
+    (newest / "model.safetensors").write_bytes(b"torn")
+    run(tmp_path / "r", epochs=3)
+    second = records(tmp_path / "r", "attempt")[1]
+    assert second["resumed_from"] == "step-00000004"
+    assert second["passed_over"] == ["step-00000008"]
+    assert [e["epoch"] for e in records(tmp_path / "r", "epoch")] == [1, 2, 3]
+
+
+def test_stopping_saves_and_goes_on(tmp_path):
+    with pytest.raises(Stopped, match="stopped at step 6 and saved"):
+        run(tmp_path / "r", session=LocalSession(tmp_path / "r", stop_at=6), net=_seeded())
+    run(tmp_path / "r", net=_seeded())
+    run(tmp_path / "whole", net=_seeded())
+    assert same(weights(tmp_path / "r"), weights(tmp_path / "whole"))
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(tmp_path):
+    class Poisoned(Net):
+        updates = 0
+
+        def forward(self, batch):
+            out = super().forward(batch)
+            self.updates += self.training
+            return {**out, "logits": out["logits"] * (float("nan") if self.updates > 6 else 1.0)}
+
+    with pytest.raises(LossNotFinite, match=r"training loss is nan at step 7 \(epoch 2\); last good checkpoint: step-00000004"):
+        run(tmp_path / "r", net=Poisoned())
+    assert all(torch.isfinite(v).all() for v in weights(tmp_path / "r").values())
+
+
+def test_the_gradient_scaler_is_used(tmp_path):
+    """Gradients that overflow in fp16 make it halve its scale and skip the update."""
+
+    class Steep(Net):
+        def forward(self, batch):
+            return {"logits": super().forward(batch)["logits"] * 1000.0}
+
+    run(tmp_path / "r", net=Steep(), precision="fp16", epochs=1)
+    scales = [s["loss_scale"] for s in records(tmp_path / "r", "step")]
+    assert scales[-1] < 65536
+    run(tmp_path / "plain", epochs=1)
+    assert "loss_scale" not in records(tmp_path / "plain", "step")[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_clipping_bounds_the_update_after_unscaling(tmp_path, precision):
+    """Plain SGD at rate 1: the update is the gradient, and its norm is the limit."""
+    net = _seeded(norm=False)
+    before = [p.detach().clone() for p in net.parameters()]
+    sgd = Optimizer(name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0)
+    options = {"optimizer": sgd, "schedule": Schedule("constant"), "epochs": 1, "batch_size": 50}
+    run(tmp_path / "r", net=net, precision=precision, clip_norm=1e-3, **options)
+    moved = torch.cat([(a - b).flatten() for a, b in zip(net.parameters(), before, strict=True)]).norm().item()
+    assert moved == pytest.approx(1e-3, rel=0.02)
+
+
+def test_early_stopping_and_its_absence(tmp_path):
+    still = {"optimizer": Optimizer(lr=1e-30, weight_decay=0), "epochs": 6, "net": Net(norm=False)}
+    _, progress = run(tmp_path / "patient", patience=2, **still)
+    assert (progress.epoch, progress.bad_epochs) == (3, 2)
+    _, progress = run(tmp_path / "off", patience=None, **still)
+    assert progress.epoch == 6
+
+
+def test_a_plateau_schedule_waits_for_the_monitor(tmp_path):
+    still = {"optimizer": Optimizer(lr=1e-12, weight_decay=0), "net": Net(norm=False), "monitor": "val_loss"}
+    run(tmp_path / "r", schedule=Schedule("plateau", factor=0.5, patience=0), epochs=4, **still)
+    lrs = [e["lr"] for e in records(tmp_path / "r", "epoch")]
+    assert lrs[0] == 1e-12
+    assert lrs[-1] < lrs[0]
+
+
+def test_distillation_moves_the_student_towards_its_teacher(tmp_path):
+    torch.manual_seed(9)
+    teacher = Teacher(Net(), "teacher", [0, 1, 2])
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    terms = {"distil": {"loss": "kl", "inputs": ["logits", "teacher.logits"], "weight": 1.0, "temperature": 4.0}}
+    task, _ = run(tmp_path / "r", terms=terms, teachers=[teacher], epochs=8, optimizer=Optimizer(lr=0.02, weight_decay=0))
+    told = [e["terms"]["distil"]["loss"] for e in records(tmp_path / "r", "epoch")]
+    assert told[-1] < 0.3 * told[0]
+    assert same(before, teacher.state_dict())
+    assert all(p.grad is None for p in teacher.parameters())
+    assert task.training is False or task.model.norm.training is False
+
+
+def test_predictions_are_kept_with_an_epochs_checkpoint(tmp_path):
+    run(tmp_path / "r", epochs=1)
+    kept = np.load(runs.pick_checkpoint(tmp_path / "r", "best").folder / "val_predictions.npz")
+    assert kept["id"].tolist() == list(range(30))
+    right = 100 * (kept["label"] == kept["prediction"]).mean()
+    assert records(tmp_path / "r", "epoch")[0]["val_top1_acc"] == pytest.approx(right, rel=1e-5)
+
+
+def test_collapse_is_named_in_the_epochs_record(tmp_path):
+    class Constant(Net):
+        def forward(self, batch):
+            out = super().forward(batch)
+            return {"logits": out["logits"] * 1e-6 + torch.tensor([0.0, 5.0, 0.0])}
+
+    run(tmp_path / "r", net=Constant(), epochs=1)
+    assert [w["name"] for w in records(tmp_path / "r", "epoch")[0]["warnings"]] == ["collapsed"]
