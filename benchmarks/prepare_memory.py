@@ -101,10 +101,10 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from potstill.cluster import start_ray
     from potstill.config import Cache, Data, Decode
     from potstill.data.cache import open_cache
     from potstill.data.prepare import prepare
-    from potstill.cluster import start_ray
 
     with tempfile.TemporaryDirectory() as folder:
         source_bytes = make_jpegs(Path(folder) / "images", args.images)

@@ -11,11 +11,9 @@ from potstill.config import PrepareConfig, job
 @job("prepare")
 def main(config: PrepareConfig) -> None:
     from potstill import console
-    from potstill.data.prepare import check, prepare, print_report
+    from potstill.data.prepare import prepare_shown, print_report
 
-    plan = check(config.data, config.cache)
-    with console.progress("Preparing images", len(plan.rows.path)) as update:
-        prepared = prepare(config.data, config.cache, lambda done, total: update(done))
+    prepared = prepare_shown(config.data, config.cache)
     print_report(prepared.report, console.standard())
     console.say(f"{'Reused' if prepared.reused else 'Written'}: {prepared.cache_dir}")
 

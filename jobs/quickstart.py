@@ -1,6 +1,6 @@
 """See all of it on handwritten digits: a teacher, students alone and distilled, compared; a few minutes on a CPU.
 
-  uv run jobs/quickstart.py
+uv run jobs/quickstart.py
 """
 
 from potstill.config import QuickstartConfig, job

@@ -1,6 +1,6 @@
 """Draw a run's plots and its report.html again, from its journal; with tracking=aim also fill Aim from it.
 
-  uv run jobs/report.py from_run=runs/<name>
+uv run jobs/report.py from_run=runs/<name>
 """
 
 from potstill.config import ReportConfig, job
@@ -14,7 +14,9 @@ def main(config: ReportConfig) -> None:
     from potstill.errors import UserError
 
     if config.from_run is None:
-        raise UserError("from_run must name the folder of a run, got null; add from_run=runs/<name>")
+        raise UserError(
+            "from_run must name the folder of a run, got null; add from_run=runs/<name>"
+        )
     run_dir = runs.open_run(config.from_run, "from_run")
     for path in report.report(run_dir):
         console.say(str(path))

@@ -14,7 +14,12 @@ from PIL import Image
 os.environ["OMP_WAIT_POLICY"] = "passive"
 
 ROOT = Path(__file__).resolve().parents[1]
-COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40), "white": (220, 220, 220)}
+COLOURS = {
+    "blue": (40, 60, 200),
+    "green": (40, 180, 60),
+    "red": (200, 50, 40),
+    "white": (220, 220, 220),
+}
 
 
 def write_tree(root: Path, train: int = 12, val: int = 4, px: int = 24, seed: int = 0) -> Path:
@@ -59,7 +64,9 @@ def tiny(tiny_tree: Path, cache_dir: Path, tmp_path: Path, ray_session):
     from potstill.config import compose
 
     def make(*overrides: str):
-        return compose("train", [*tiny_overrides(tiny_tree, cache_dir, tmp_path / "runs"), *overrides])
+        return compose(
+            "train", [*tiny_overrides(tiny_tree, cache_dir, tmp_path / "runs"), *overrides]
+        )
 
     return make
 
@@ -81,7 +88,9 @@ def tiny_overrides(tree: Path, cache: Path, runs: Path) -> list[str]:
     ]
 
 
-def run_job(name: str, *arguments: str, cwd: Path, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+def run_job(
+    name: str, *arguments: str, cwd: Path, timeout_s: float = 120
+) -> subprocess.CompletedProcess[str]:
     """A job as a user runs it, in a process of its own."""
     return subprocess.run(
         [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *arguments],

@@ -17,7 +17,9 @@ class Rows:
         self.shard_rows = [min(shard, n - i) for i in range(0, n, shard)]
 
     def read(self, rows):
-        return np.broadcast_to(np.asarray(rows, np.uint8)[:, None, None, None], (len(rows), 2, 2, 3)).copy()
+        return np.broadcast_to(
+            np.asarray(rows, np.uint8)[:, None, None, None], (len(rows), 2, 2, 3)
+        ).copy()
 
 
 def make(n=50, batch=16, rank=0, world=1, **more):
@@ -45,7 +47,8 @@ def test_a_window_reads_a_disk_shard_by_shard():
 
 
 @pytest.mark.parametrize(
-    ("n", "batch", "sizes"), [(50, 16, [16, 16, 16, 2]), (49, 16, [16, 16, 17]), (48, 16, [16] * 3), (3, 8, [3])]
+    ("n", "batch", "sizes"),
+    [(50, 16, [16, 16, 16, 2]), (49, 16, [16, 16, 17]), (48, 16, [16] * 3), (3, 8, [3])],
 )
 def test_the_tail_is_a_batch_but_never_a_single_sample(n, batch, sizes):
     assert np.diff(batch_bounds(n, batch)).tolist() == sizes
@@ -113,6 +116,8 @@ def test_what_the_reader_raises_is_raised_and_its_thread_ends():
     next(epoch)
     epoch.close()
     deadline = time.monotonic() + 5
-    while any(t.name == "read-ahead" for t in threading.enumerate()) and time.monotonic() < deadline:
+    while (
+        any(t.name == "read-ahead" for t in threading.enumerate()) and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     assert not any(t.name == "read-ahead" for t in threading.enumerate())

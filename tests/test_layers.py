@@ -33,7 +33,11 @@ def imported(path: Path) -> list[tuple[str, bool]]:
         if isinstance(node, ast.Import):
             found += [(a.name, id(node) in top) for a in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{a.name}" for a in node.names] if node.module == "potstill" else [node.module]
+            names = (
+                [f"{node.module}.{a.name}" for a in node.names]
+                if node.module == "potstill"
+                else [node.module]
+            )
             found += [(name, id(node) in top) for name in names]
     return found
 
@@ -49,7 +53,9 @@ def test_walls(path: Path):
     if name not in RAY:
         assert not any(p == "ray" for p, _ in packages), "ray stays in its modules"
     if name != "config.py":
-        assert not any(p in ("hydra", "omegaconf") for p, _ in packages), "config.py alone knows Hydra"
+        assert not any(p in ("hydra", "omegaconf") for p, _ in packages), (
+            "config.py alone knows Hydra"
+        )
     if name != "tracking.py":
         assert not any(p == "aim" for p, _ in packages), "tracking.py alone knows Aim"
     assert ("aim", True) not in packages, "a host without Aim still trains"
@@ -71,6 +77,12 @@ def test_platform_is_no_package():
 
 def test_a_job_is_a_dozen_lines():
     for path in (ROOT / "jobs").glob("*.py"):
-        main = next(n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef) and n.name == "main")
+        main = next(
+            n
+            for n in ast.parse(path.read_text()).body
+            if isinstance(n, ast.FunctionDef) and n.name == "main"
+        )
         assert main.end_lineno is not None
-        assert main.end_lineno - main.lineno <= 20, f"{path.name}: a job composes, calls one function, prints"
+        assert main.end_lineno - main.lineno <= 20, (
+            f"{path.name}: a job composes, calls one function, prints"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,11 @@ from potstill.task import Task, Teacher, build_terms
 
 CLASSES = ["blue", "green", "red"]
 CPU = torch.device("cpu")
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+DEVICES = [CPU, pytest.param(torch.device("cuda:0"), marks=needs_gpu)]
 
 
 class Colours:
@@ -30,7 +36,9 @@ class Colours:
         self.ids = np.arange(n, dtype=np.int64)
         self.labels = self.ids % 3
         base = np.eye(3)[self.labels][:, ::-1] * 120 + 60
-        self.images = np.clip(base[:, None, None, :] + rng.normal(0, 50, (n, 8, 8, 3)), 0, 255).astype(np.uint8)
+        self.images = np.clip(
+            base[:, None, None, :] + rng.normal(0, 50, (n, 8, 8, 3)), 0, 255
+        ).astype(np.uint8)
         self.shard_rows = [16] * (n // 16) + ([n % 16] if n % 16 else [])
 
     def read(self, rows):
@@ -53,7 +61,9 @@ class Net(nn.Module):
 class LocalSession:
     rank, world_size = 0, 1
 
-    def __init__(self, run_dir: Path, stop_at: int | None = None, die_at: int | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, stop_at: int | None = None, die_at: int | None = None
+    ) -> None:
         run_dir.mkdir(exist_ok=True)
         self.run_dir, self.stop_at, self.die_at, self.step = run_dir, stop_at, die_at, 0
 
@@ -65,7 +75,12 @@ class LocalSession:
 
     def report(self, metrics, snapshot):
         runs.save_checkpoint(
-            self.run_dir, snapshot.step, snapshot.model_state, snapshot.state, snapshot.meta, snapshot.files
+            self.run_dir,
+            snapshot.step,
+            snapshot.model_state,
+            snapshot.state,
+            snapshot.meta,
+            snapshot.files,
         )
         runs.prune_checkpoints(self.run_dir)
 
@@ -79,14 +94,38 @@ class LocalSession:
 TERMS = {"task": {"loss": "cross_entropy", "inputs": ["logits", "label"], "weight": 1.0}}
 
 
-def run(run_dir: Path, *, session=None, net=None, terms=None, teachers=(), optimizer=None, schedule=None, attempt=None, **loop):
-    cfg = Loop(**{"epochs": 3, "batch_size": 16, "log_every_steps": 1, "checkpoint_every_steps": 100, **loop})
+def run(
+    run_dir: Path,
+    *,
+    session=None,
+    net=None,
+    terms=None,
+    teachers=(),
+    optimizer=None,
+    schedule=None,
+    attempt=None,
+    device=CPU,
+    **loop,
+):
+    cfg = Loop(
+        **{
+            "epochs": 3,
+            "batch_size": 16,
+            "log_every_steps": 1,
+            "checkpoint_every_steps": 100,
+            **loop,
+        }
+    )
     session = session or LocalSession(run_dir)
     torch.manual_seed(cfg.seed)
-    task = Task(net or Net(), build_terms(terms or TERMS))
+    task = Task((net or Net()).to(device), build_terms(terms or TERMS))
     batches = Batches(Colours(), cfg.batch_size, seed=cfg.seed, shuffle=True)
-    opt = build_optimizer(task.model, {"fc.weight", "fc.bias"}, optimizer or Optimizer(lr=0.02), CPU)
-    rate = LearningRate(opt, schedule or Schedule(), batches.steps, cfg.epochs, cfg.monitor != "val_loss")
+    opt = build_optimizer(
+        task.model, {"fc.weight", "fc.bias"}, optimizer or Optimizer(lr=0.02), CPU
+    )
+    rate = LearningRate(
+        opt, schedule or Schedule(), batches.steps, cfg.epochs, cfg.monitor != "val_loss"
+    )
     progress = train(
         task,
         teachers,
@@ -97,7 +136,7 @@ def run(run_dir: Path, *, session=None, net=None, terms=None, teachers=(), optim
         Augment(AugmentConfig(flip=0.5, crop_scale=[0.7, 1.0]), 8, cfg.seed),
         cfg,
         session,
-        device=CPU,
+        device=device,
         classes=CLASSES,
         attempt=attempt or 1 + runs.last_attempt(run_dir),
     )
@@ -128,7 +167,7 @@ def test_it_learns_and_records_every_epoch(tmp_path):
     assert epochs[0]["top_k"] == 2
     lrs = [s["lr"] for s in records(tmp_path / "r", "step")]
     assert lrs[0] == 0.02
-    assert all(a > b for a, b in zip(lrs, lrs[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(lrs))
 
 
 def test_the_epochs_loss_is_the_mean_of_its_samples(tmp_path):
@@ -139,7 +178,9 @@ def test_the_epochs_loss_is_the_mean_of_its_samples(tmp_path):
     augment = Augment(AugmentConfig(flip=0.5, crop_scale=[0.7, 1.0]), 8, 0)
     batch = next(iter(Batches(whole, 50, seed=0, shuffle=True).epoch(0)))
     with torch.no_grad():
-        logits = frozen({"image": augment.train(batch["image"], batch["id"], batch["view"])})["logits"]
+        logits = frozen({"image": augment.train(batch["image"], batch["id"], batch["view"])})[
+            "logits"
+        ]
     by_hand = nn.functional.cross_entropy(logits, batch["label"]).item()
     assert records(tmp_path / "r", "epoch")[0]["train_loss"] == pytest.approx(by_hand, rel=1e-5)
 
@@ -148,7 +189,9 @@ def test_the_epochs_loss_is_the_mean_of_its_samples(tmp_path):
 def test_accumulation_changes_no_number(tmp_path, parts):
     run(tmp_path / "whole", net=_seeded(norm=False))
     run(tmp_path / "parts", net=_seeded(norm=False), **parts)
-    for a, b in zip(records(tmp_path / "whole", "epoch"), records(tmp_path / "parts", "epoch"), strict=True):
+    for a, b in zip(
+        records(tmp_path / "whole", "epoch"), records(tmp_path / "parts", "epoch"), strict=True
+    ):
         assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
         assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-5)
 
@@ -156,6 +199,14 @@ def test_accumulation_changes_no_number(tmp_path, parts):
 def _seeded(**options) -> Net:
     torch.manual_seed(5)
     return Net(**options)
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_precision_learns(tmp_path, precision, device):
+    run(tmp_path / "r", net=_seeded(), precision=precision, epochs=6, device=device)
+    losses = [e["train_loss"] for e in records(tmp_path / "r", "epoch")]
+    assert losses[-1] < 0.75 * losses[0]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -166,14 +217,19 @@ def test_a_run_that_died_ends_with_the_weights_of_one_that_did_not(tmp_path, pre
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(whole, net=_seeded(dropout=0.3), **options)
     with pytest.raises(KeyboardInterrupt):
-        run(broken, session=LocalSession(broken, die_at=die_at), net=_seeded(dropout=0.3), **options)
+        run(
+            broken, session=LocalSession(broken, die_at=die_at), net=_seeded(dropout=0.3), **options
+        )
     run(broken, net=_seeded(dropout=0.3), **options)
     assert same(weights(whole), weights(broken))
     told = [[r["train_loss"] for r in records(d, "epoch")] for d in (whole, broken)]
     assert told[0] == pytest.approx(told[1], rel=1e-12)
     steps = [[r["step"] for r in records(d, "step")] for d in (whole, broken)]
     assert steps[0] == steps[1]
-    assert records(broken, "attempt")[1]["resumed_from"] == {6: "step-00000004", 8: "step-00000006"}[die_at]
+    assert (
+        records(broken, "attempt")[1]["resumed_from"]
+        == {6: "step-00000004", 8: "step-00000006"}[die_at]
+    )
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path):
@@ -204,7 +260,10 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(tmp_
             self.updates += self.training
             return {**out, "logits": out["logits"] * (float("nan") if self.updates > 6 else 1.0)}
 
-    with pytest.raises(LossNotFinite, match=r"training loss is nan at step 7 \(epoch 2\); last good checkpoint: step-00000004"):
+    with pytest.raises(
+        LossNotFinite,
+        match=r"training loss is nan at step 7 \(epoch 2\); last good checkpoint: step-00000004",
+    ):
         run(tmp_path / "r", net=Poisoned())
     assert all(torch.isfinite(v).all() for v in weights(tmp_path / "r").values())
 
@@ -231,7 +290,11 @@ def test_clipping_bounds_the_update_after_unscaling(tmp_path, precision):
     sgd = Optimizer(name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0)
     options = {"optimizer": sgd, "schedule": Schedule("constant"), "epochs": 1, "batch_size": 50}
     run(tmp_path / "r", net=net, precision=precision, clip_norm=1e-3, **options)
-    moved = torch.cat([(a - b).flatten() for a, b in zip(net.parameters(), before, strict=True)]).norm().item()
+    moved = (
+        torch.cat([(a - b).flatten() for a, b in zip(net.parameters(), before, strict=True)])
+        .norm()
+        .item()
+    )
     assert moved == pytest.approx(1e-3, rel=0.02)
 
 
@@ -244,7 +307,11 @@ def test_early_stopping_and_its_absence(tmp_path):
 
 
 def test_a_plateau_schedule_waits_for_the_monitor(tmp_path):
-    still = {"optimizer": Optimizer(lr=1e-12, weight_decay=0), "net": Net(norm=False), "monitor": "val_loss"}
+    still = {
+        "optimizer": Optimizer(lr=1e-12, weight_decay=0),
+        "net": Net(norm=False),
+        "monitor": "val_loss",
+    }
     run(tmp_path / "r", schedule=Schedule("plateau", factor=0.5, patience=0), epochs=4, **still)
     lrs = [e["lr"] for e in records(tmp_path / "r", "epoch")]
     assert lrs[0] == 1e-12
@@ -255,8 +322,21 @@ def test_distillation_moves_the_student_towards_its_teacher(tmp_path):
     torch.manual_seed(9)
     teacher = Teacher(Net(), "teacher", [0, 1, 2])
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    terms = {"distil": {"loss": "kl", "inputs": ["logits", "teacher.logits"], "weight": 1.0, "temperature": 4.0}}
-    task, _ = run(tmp_path / "r", terms=terms, teachers=[teacher], epochs=8, optimizer=Optimizer(lr=0.02, weight_decay=0))
+    terms = {
+        "distil": {
+            "loss": "kl",
+            "inputs": ["logits", "teacher.logits"],
+            "weight": 1.0,
+            "temperature": 4.0,
+        }
+    }
+    task, _ = run(
+        tmp_path / "r",
+        terms=terms,
+        teachers=[teacher],
+        epochs=8,
+        optimizer=Optimizer(lr=0.02, weight_decay=0),
+    )
     told = [e["terms"]["distil"]["loss"] for e in records(tmp_path / "r", "epoch")]
     assert told[-1] < 0.3 * told[0]
     assert same(before, teacher.state_dict())

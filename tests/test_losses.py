@@ -43,7 +43,9 @@ def test_cross_entropy_by_hand_and_smoothed():
     label = torch.tensor([0])
     assert cross_entropy(logits, label).item() == pytest.approx(-math.log(0.9), rel=1e-5)
     smooth = -(0.95 * math.log(0.9) + 0.05 * math.log(0.1))
-    assert cross_entropy(logits, label, label_smoothing=0.1).item() == pytest.approx(smooth, rel=1e-5)
+    assert cross_entropy(logits, label, label_smoothing=0.1).item() == pytest.approx(
+        smooth, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -18,7 +20,7 @@ def test_cosine_warms_up_then_falls_to_its_floor():
     found = rates(Schedule("cosine", warmup_epochs=1, min_lr=0.1))
     assert found[0] == pytest.approx(0.1)
     assert found[9] == found[10] == pytest.approx(1.0)
-    assert all(a > b for a, b in zip(found[10:], found[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(found))
     assert found[25] == pytest.approx(0.1 + 0.9 * 0.5)
     assert 0.1 < found[-1] < 0.11
 
@@ -29,7 +31,9 @@ def test_constant_stays():
 
 def test_plateau_waits_then_falls_and_survives_a_restart():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    rate = LearningRate(optimizer, Schedule("plateau", factor=0.5, patience=1), 1, 10, higher_is_better=True)
+    rate = LearningRate(
+        optimizer, Schedule("plateau", factor=0.5, patience=1), 1, 10, higher_is_better=True
+    )
     seen = []
     for value in (50, 60, 60, 59, 58, 57, 70):
         seen.append(rate.before_step(0))
@@ -52,11 +56,16 @@ def test_groups_decay_matrices_only_and_give_the_head_its_rate():
     assert by_parameter[id(model[2].weight)]["lr"] == 0.5
     assert by_parameter[id(model[2].weight)]["weight_decay"] == 0.05
     assert by_parameter[id(model[2].bias)]["weight_decay"] == 0
-    assert by_parameter[id(model[1].weight)] == {**by_parameter[id(model[1].weight)], "lr": 0.1, "weight_decay": 0}
+    assert by_parameter[id(model[1].weight)] == {
+        **by_parameter[id(model[1].weight)],
+        "lr": 0.1,
+        "weight_decay": 0,
+    }
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)]
+    ("name", "kind"),
+    [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)],
 )
 def test_names_are_what_they_say(name, kind):
     assert type(build_optimizer(nn.Linear(2, 2), set(), Optimizer(name=name), CPU)) is kind

@@ -8,7 +8,12 @@ from potstill.task import Task, Teacher, build_terms, match_classes
 CLASSIFY = {"task": {"loss": "cross_entropy", "inputs": ["logits", "label"], "weight": 1.0}}
 DISTIL = {
     "task": {"loss": "cross_entropy", "inputs": ["logits", "label"], "weight": 0.1},
-    "distil": {"loss": "kl", "inputs": ["logits", "teacher.logits"], "weight": 0.9, "temperature": 4.0},
+    "distil": {
+        "loss": "kl",
+        "inputs": ["logits", "teacher.logits"],
+        "weight": 0.9,
+        "temperature": 4.0,
+    },
 }
 
 
@@ -35,7 +40,10 @@ def test_shares_of_parts_add_up_to_the_whole():
     task = Task(Linear(), build_terms(CLASSIFY))
     whole = batch_of(10)
     loss, _, _ = task(whole)
-    parts = [{k: v[cut] if v.ndim else v for k, v in whole.items()} for cut in (slice(0, 3), slice(3, 10))]
+    parts = [
+        {k: v[cut] if v.ndim else v for k, v in whole.items()}
+        for cut in (slice(0, 3), slice(3, 10))
+    ]
     assert sum(task(part)[0] for part in parts).item() == pytest.approx(loss.item(), rel=1e-6)
 
 
@@ -52,7 +60,9 @@ def test_terms_are_weighted_and_told_apart():
     student, teacher = Task(Linear(), build_terms(DISTIL)), Teacher(Linear(), "teacher", [0, 1, 2])
     loss, shares, _ = student(teacher(batch_of(5)))
     assert set(shares) == {"task", "distil"}
-    assert loss.item() == pytest.approx(0.1 * shares["task"].item() + 0.9 * shares["distil"].item(), rel=1e-5)
+    assert loss.item() == pytest.approx(
+        0.1 * shares["task"].item() + 0.9 * shares["distil"].item(), rel=1e-5
+    )
 
 
 def test_a_teacher_stays_frozen_and_in_eval_mode():
@@ -76,7 +86,9 @@ def test_a_teacher_answers_in_the_students_order():
 
 
 def test_other_classes_are_refused_with_the_difference():
-    with pytest.raises(UserError, match=r"does not know 1: yew; the data lacks 1 of the teacher's: ash"):
+    with pytest.raises(
+        UserError, match=r"does not know 1: yew; the data lacks 1 of the teacher's: ash"
+    ):
         match_classes(["ash", "oak"], ["oak", "yew"], "runs/t")
 
 
@@ -85,7 +97,10 @@ def test_other_classes_are_refused_with_the_difference():
     [
         ({"loss": "kll"}, r"task\.terms\.distil\.loss must be one of .* did you mean kl\?"),
         ({"inputs": ["logits"]}, r"task\.terms\.distil\.inputs must name 2 inputs"),
-        ({"temprature": 2}, r"task\.terms\.distil\.temprature is not an option of kl; it has temperature"),
+        (
+            {"temprature": 2},
+            r"task\.terms\.distil\.temprature is not an option of kl; it has temperature",
+        ),
     ],
 )
 def test_bad_terms_are_refused_by_name(change, says):

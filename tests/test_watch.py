@@ -7,7 +7,12 @@ LABELS = np.arange(200) % 4
 
 
 def epoch(train_loss=1.0, train_top1=60.0, val_loss=1.0, val_top1=60.0):
-    return {"train_loss": train_loss, "train_top1_acc": train_top1, "val_loss": val_loss, "val_top1_acc": val_top1}
+    return {
+        "train_loss": train_loss,
+        "train_top1_acc": train_top1,
+        "val_loss": val_loss,
+        "val_top1_acc": val_top1,
+    }
 
 
 def names(epochs, predictions=LABELS, labels=LABELS):
@@ -23,7 +28,9 @@ def test_predictions_of_one_class_are_a_collapse():
     found = check_epoch([epoch()], LABELS, np.full(200, 2), CLASSES)
     assert [w["name"] for w in found] == ["collapsed"]
     assert "'oak'" in found[0]["message"]
-    assert names([epoch()], np.full(200, 2), np.full(200, 2)) == []  # there is nothing else to predict
+    assert (
+        names([epoch()], np.full(200, 2), np.full(200, 2)) == []
+    )  # there is nothing else to predict
 
 
 def test_validation_at_chance_while_training_learns():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +50,12 @@ def load_teacher(run_dir: Path, name: str, classes: Sequence[str]) -> Teacher:
 
 
 def train_run(
-    config: Config, cache_dir: Path, session: Session, device: torch.device, attempt: int, findings: Sequence[dict[str, str]]
+    config: Config,
+    cache_dir: Path,
+    session: Session,
+    device: torch.device,
+    attempt: int,
+    findings: Sequence[dict[str, str]],
 ) -> tuple[Progress, dict[str, Any]]:
     """Build what the config names and train it; returns where the run ended and facts about its model.
 
@@ -65,14 +72,18 @@ def train_run(
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     task = Task(model, build_terms(config.task["terms"]))
     if config.scaling.sync_batchnorm and session.world_size > 1 and device.type == "cuda":
-        task = torch.nn.SyncBatchNorm.convert_sync_batchnorm(task)
+        task.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(task.model)
     teachers = []
     if config.teacher.run:
         teachers.append(load_teacher(Path(config.teacher.run), "teacher", cache.classes).to(device))
     batches, val_batches = _batches(config, cache, session, device)
     optimizer = build_optimizer(model, set(model.head_parameter_names()), config.optimizer, device)
     learning_rate = LearningRate(
-        optimizer, config.schedule, batches.steps, config.loop.epochs, higher_is_better(config.loop.monitor)
+        optimizer,
+        config.schedule,
+        batches.steps,
+        config.loop.epochs,
+        higher_is_better(config.loop.monitor),
     )
     warnings = [*findings, *check_labels(_counts(cache), cache.classes)]
     facts = {
@@ -92,13 +103,18 @@ def train_run(
         device=device,
         classes=cache.classes,
         attempt=attempt,
-        opening=[*({"kind": "note", "message": line} for line in notes), *({"kind": "warning", **w} for w in warnings)],
+        opening=[
+            *({"kind": "note", "message": line} for line in notes),
+            *({"kind": "warning", **w} for w in warnings),
+        ],
         facts=facts,
     )
     return progress, facts
 
 
-def _batches(config: Config, cache: Cache, session: Session, device: torch.device) -> tuple[Batches, Batches]:
+def _batches(
+    config: Config, cache: Cache, session: Session, device: torch.device
+) -> tuple[Batches, Batches]:
     px = config.data.decode.image_px
     shared: dict[str, Any] = {
         "seed": config.loop.seed,
@@ -117,16 +133,36 @@ def _batches(config: Config, cache: Cache, session: Session, device: torch.devic
     )
     # no gradients are kept, so that validation can take more at a time than an update's forward pass does
     forward = config.loop.micro_batch_size or -(-config.loop.batch_size // config.loop.accumulate)
-    validation = Batches(cache.split("val"), max(2 * forward, 2 * session.world_size), shuffle=False, **shared)
+    validation = Batches(
+        cache.split("val"), max(2 * forward, 2 * session.world_size), shuffle=False, **shared
+    )
     return training, validation
 
 
 def _counts(cache: Cache) -> dict[str, Any]:
     import numpy as np
 
-    return {s: np.bincount(cache.split(s).labels, minlength=len(cache.classes)) for s in ("train", "val")}
+    return {
+        s: np.bincount(cache.split(s).labels, minlength=len(cache.classes))
+        for s in ("train", "val")
+    }
 
 
-def use_threads(cpus: int | None, workers_here: int) -> None:
-    """Ray sets OMP_NUM_THREADS to a worker's CPUs, which may be fewer than it may use."""
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed instead of returning it to the system at once.
+
+    A training step on a CPU frees and takes the same hundreds of MB again and again; without this every
+    one of those pages is faulted in anew (see benchmarks/plain_loop.py for what that costs).
+    """
+    m_trim_threshold, m_mmap_max = -1, -4
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def prepare_process(cpus: int | None, workers_here: int) -> None:
+    """Make this process a fast place to train: its threads (Ray sets OMP_NUM_THREADS to a worker's CPUs,
+    which may be fewer than it may use) and its memory."""
+    keep_freed_memory()
     torch.set_num_threads(cpus or max(1, (os.cpu_count() or 1) // max(workers_here, 1)))

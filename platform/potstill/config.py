@@ -252,7 +252,9 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: str | None = N
     search = [f"hydra.searchpath=[file://{_config_dir(config_dir)}]"] if config_dir else []
     try:
         with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
-            composed = hydra_compose(name, [*map(_may_add, overrides), *search], return_hydra_config=True)
+            composed = hydra_compose(
+                name, [*map(_may_add, overrides), *search], return_hydra_config=True
+            )
         choices = composed.hydra.runtime.choices
         with open_dict(composed):
             del composed["hydra"]
@@ -280,7 +282,9 @@ def _may_add(override: str) -> str:
 def _config_dir(folder: str) -> Path:
     path = Path(folder).expanduser().resolve()
     if not path.is_dir():
-        raise UserError(f"--config-dir must be a folder that holds config groups, got {folder}, which is none")
+        raise UserError(
+            f"--config-dir must be a folder that holds config groups, got {folder}, which is none"
+        )
     return path
 
 
@@ -290,7 +294,9 @@ def _explain(name: str, overrides: Sequence[str], error: Exception) -> str:
     cause = error.__cause__ or error
     text = " ".join(str(cause).split("full_key:")[0].split())
     keys = _known_keys(name)
-    groups = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in CONF_DIR.iterdir() if p.is_dir()}
+    groups = {
+        p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in CONF_DIR.iterdir() if p.is_dir()
+    }
     for override in overrides:
         key, _, value = override.partition("=")
         key = key.lstrip("+~")
@@ -339,7 +345,9 @@ def apply_debug(config: Config) -> Config:
 
 
 # ------------------------------------------------------------------------------------------- checking
-def _number(low: float, high: float = math.inf, open_low: bool = False) -> tuple[Callable[[Any], bool], str]:
+def _number(
+    low: float, high: float = math.inf, open_low: bool = False
+) -> tuple[Callable[[Any], bool], str]:
     below = "> " if open_low else ">= "
     rule = f"must be {below}{low:g}" + (f" and <= {high:g}" if high < math.inf else "")
     return lambda v: (v > low if open_low else v >= low) and v <= high, rule
@@ -444,12 +452,17 @@ def validate(config: Any) -> None:
             f"schedule.warmup_epochs must be < loop.epochs ({loop.epochs}), got {config.schedule.warmup_epochs:g}"
         )
     if not config.task.get("terms"):
-        raise UserError("task.terms must name at least one loss term, got none; use task=classify or task=distil")
+        raise UserError(
+            "task.terms must name at least one loss term, got none; use task=classify or task=distil"
+        )
     for name, term in config.task["terms"].items():
         weight = term.get("weight", 1.0)
         if not isinstance(weight, int | float) or not weight >= 0:
             raise UserError(f"task.terms.{name}.weight must be a number >= 0, got {weight!r}")
-        if any(str(i).startswith("teacher.") for i in term.get("inputs", [])) and not config.teacher.run:
+        if (
+            any(str(i).startswith("teacher.") for i in term.get("inputs", []))
+            and not config.teacher.run
+        ):
             raise UserError(
                 f"teacher.run must name the folder of a trained run, because task.terms.{name} learns from a "
                 "teacher, got null; add teacher.run=runs/<name>"
@@ -469,7 +482,9 @@ def check_node(key: str, node: dict[str, Any], elsewhere: frozenset[str] = froze
     """Check that a plug-in node names a registered target; returns its `module:attribute`."""
     target = node.get("_target_")
     if target not in REGISTRY:
-        raise UserError(f"{key}._target_ must be one of {', '.join(sorted(REGISTRY))}, got {target!r}")
+        raise UserError(
+            f"{key}._target_ must be one of {', '.join(sorted(REGISTRY))}, got {target!r}"
+        )
     return REGISTRY[target]
 
 
@@ -488,7 +503,9 @@ def build(key: str, node: dict[str, Any], **injected: Any) -> Any:
         if name not in accepted or name in injected:
             near = difflib.get_close_matches(name, [*accepted, *elsewhere], n=1)
             remedy = f"did you mean {key}.{near[0]}?" if near else f"it takes {', '.join(accepted)}"
-            raise UserError(f"{key}.{name} is not a key of {node['_target_']} (got {arguments[name]!r}); {remedy}")
+            raise UserError(
+                f"{key}.{name} is not a key of {node['_target_']} (got {arguments[name]!r}); {remedy}"
+            )
     return target(**arguments, **injected)
 
 
@@ -503,7 +520,9 @@ def from_dict(schema: type, values: dict[str, Any]) -> Any:
     arguments = {}
     for key, value in values.items():
         if key not in hints:
-            raise UserError(f"{schema.__name__} has no key {key!r}: was it written by another version of potstill?")
+            raise UserError(
+                f"{schema.__name__} has no key {key!r}: was it written by another version of potstill?"
+            )
         hint = hints[key]
         nested = hint if is_dataclass(hint) else None
         arguments[key] = from_dict(nested, value) if nested and isinstance(value, dict) else value  # type: ignore[arg-type]
@@ -541,7 +560,9 @@ def differing_keys(a: Config, b: Config) -> list[str]:
     """`key: value of a -> value of b` for every key of the identities that differs."""
     left, right = dict(flatten(identity(a))), dict(flatten(identity(b)))
     keys = sorted(left.keys() | right.keys())
-    return [f"{k}: {left.get(k)!r} -> {right.get(k)!r}" for k in keys if left.get(k) != right.get(k)]
+    return [
+        f"{k}: {left.get(k)!r} -> {right.get(k)!r}" for k in keys if left.get(k) != right.get(k)
+    ]
 
 
 def to_yaml(config: Any) -> str:
@@ -557,7 +578,9 @@ def load_run_config(run_dir: Path) -> Config:
     try:
         return from_dict(Config, yaml.safe_load((run_dir / "config.yaml").read_text()))
     except (OSError, yaml.YAMLError, AttributeError) as error:
-        raise UserError(f"{run_dir / 'config.yaml'} cannot be read ({error}); is this the folder of a run?") from None
+        raise UserError(
+            f"{run_dir / 'config.yaml'} cannot be read ({error}); is this the folder of a run?"
+        ) from None
 
 
 # -------------------------------------------------------------------------------------------- commands
@@ -588,9 +611,13 @@ def _run(name: str, main: Callable[[Any], None], argv: list[str]) -> int:
         epilog=_keys_help(name),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values and group choices")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="config values and group choices"
+    )
     parser.add_argument("--cfg", action="store_true", help="print the composed config and stop")
-    parser.add_argument("--config-dir", metavar="DIR", help="a further folder of config groups (experiment/, …)")
+    parser.add_argument(
+        "--config-dir", metavar="DIR", help="a further folder of config groups (experiment/, …)"
+    )
     arguments = parser.parse_args(argv)
     try:
         config = compose(name, arguments.overrides, arguments.config_dir)
@@ -617,7 +644,10 @@ def _keys_help(name: str) -> str:
             lines.append(f"  {folder.name:<12} {names}")
         lines.append("")
     lines.append("keys (default):")
-    lines += [f"  {key:<32} {value!s:<16} {text}".rstrip() for key, value, text in _documented(SCHEMAS[name])]
+    lines += [
+        f"  {key:<32} {value!s:<16} {text}".rstrip()
+        for key, value, text in _documented(SCHEMAS[name])
+    ]
     return "\n".join(lines)
 
 
@@ -640,4 +670,8 @@ def _documented(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, str]
             yield from _documented(typing.cast(type, hint), f"{prefix}{item.name}.")
         else:
             value = getattr(defaults, item.name)
-            yield f"{prefix}{item.name}", "null" if value is None else value, texts.get(item.name, "")
+            yield (
+                f"{prefix}{item.name}",
+                "null" if value is None else value,
+                texts.get(item.name, ""),
+            )

@@ -8,7 +8,7 @@ from typing import Any
 
 from potstill import console, runs
 from potstill.config import Data, EvaluateConfig, load_run_config
-from potstill.data.prepare import check, prepare
+from potstill.data.prepare import check, prepare_shown
 from potstill.errors import UserError
 
 
@@ -19,7 +19,9 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
     evaluation.json and returns its content. Raises UserError.
     """
     if config.from_run is None:
-        raise UserError("from_run must name the folder of a run, got null; add from_run=runs/<name>")
+        raise UserError(
+            "from_run must name the folder of a run, got null; add from_run=runs/<name>"
+        )
     run_dir = runs.open_run(config.from_run, "from_run")
     known: list[str] = runs.read_json(run_dir / "run.json")["classes"]
     data = _data(config.data, load_run_config(run_dir).data)
@@ -34,13 +36,16 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
         have = ", ".join(sorted(set(map(str, plan.rows.split))))
         raise UserError(f"subset must be one that {data.root} has ({have}), got {config.subset!r}")
     runs.pick_checkpoint(run_dir, config.checkpoint)
-    with console.progress("Preparing images", len(plan.rows.path)) as update:
-        prepared = prepare(data, config.cache, lambda done, total: update(done), for_training=False)
+    prepared = prepare_shown(data, config.cache, for_training=False)
     result = _measure(config, run_dir, prepared.cache_dir)
     result["quarantined"] = prepared.report.get("quarantined", {})
     result["data"] = {"root": str(plan.rows.root), "key": plan.key, "subset": config.subset}
     result["absent_classes"] = sorted(set(known) - set(plan.rows.classes))
-    output = Path(config.output) if config.output else run_dir / "evaluations" / f"{plan.key}-{config.subset}"
+    output = (
+        Path(config.output)
+        if config.output
+        else run_dir / "evaluations" / f"{plan.key}-{config.subset}"
+    )
     runs.write_json(output / "evaluation.json", result)
     _say(result, output)
     return result
@@ -89,7 +94,11 @@ def _measure(config: EvaluateConfig, run_dir: Path, cache_dir: Path) -> dict[str
                 update(done)
 
     numbers, found = evaluate(
-        lambda batch: model(batch)["logits"], on_device(), len(known), device, autocast_of(config.precision, device)
+        lambda batch: model(batch)["logits"],
+        on_device(),
+        len(known),
+        device,
+        autocast_of(config.precision, device),
     )
     return {
         "run": run_dir.name,
@@ -105,8 +114,12 @@ def _say(result: dict[str, Any], output: Path, most: int = 20) -> None:
     rows = sorted(result["per_class"], key=lambda row: row["f1"])
     console.table(
         ["class", "images", "precision", "recall", "F1"],
-        [[r["class"], r["support"], *(f"{r[k]:.2f}%" for k in ("precision", "recall", "f1"))] for r in rows[:most]],
-        title=f"{result['run']} by class, weakest first" + (f" ({most} of {len(rows)})" if len(rows) > most else ""),
+        [
+            [r["class"], r["support"], *(f"{r[k]:.2f}%" for k in ("precision", "recall", "f1"))]
+            for r in rows[:most]
+        ],
+        title=f"{result['run']} by class, weakest first"
+        + (f" ({most} of {len(rows)})" if len(rows) > most else ""),
     )
     m = result["metrics"]
     console.say(

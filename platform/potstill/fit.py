@@ -12,7 +12,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from potstill.config import (
     to_yaml,
 )
 from potstill.console import EpochPrinter
-from potstill.data.prepare import Plan, check, prepare
+from potstill.data.prepare import Plan, check, prepare_shown
 from potstill.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,17 +57,21 @@ def fit(config: Config) -> dict[str, Any]:
     _refuse_other_config(config, run_dir)
     _check_model(config, plan)
     with runs.lock(run_dir):
-        with console.progress("Preparing images", len(plan.rows.path)) as update:
-            prepared = prepare(config.data, config.cache, lambda done, total: update(done))
+        prepared = prepare_shown(config.data, config.cache)
         _write_identity(config, run_dir, plan)
         findings = _seen_before(config, run_dir, prepared.cache_dir)
         return _train(config, run_dir, prepared.cache_dir, findings)
 
 
 def _run_folder(config: Config) -> Path:
-    base = config.run.name or f"{config.experiment or 'run'}{'-debug' if config.debug else ''}-{config_hash(config)}"
+    base = (
+        config.run.name
+        or f"{config.experiment or 'run'}{'-debug' if config.debug else ''}-{config_hash(config)}"
+    )
     if "/" in base or base.startswith("."):
-        raise UserError(f"run.name must be a folder's name without '/' and not start with '.', got {base!r}")
+        raise UserError(
+            f"run.name must be a folder's name without '/' and not start with '.', got {base!r}"
+        )
     root = Path(config.runs.dir).expanduser().absolute()
     folder, n = root / base, 1
     while config.run.again and (folder / "run.json").exists():
@@ -76,7 +80,9 @@ def _run_folder(config: Config) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"runs.dir must be a folder that can be written, got {config.runs.dir!r} ({error.strerror})") from None
+        raise UserError(
+            f"runs.dir must be a folder that can be written, got {config.runs.dir!r} ({error.strerror})"
+        ) from None
     return folder
 
 
@@ -109,12 +115,16 @@ def _refuse_before_start(config: Config, plan: Plan) -> None:
         )
     source = config.model.get("init_from")
     if source and not Path(source).expanduser().exists():
-        raise UserError(f"model.init_from must be a run's folder or a weights file, got {source!r}, which does not exist")
+        raise UserError(
+            f"model.init_from must be a run's folder or a weights file, got {source!r}, which does not exist"
+        )
     if config.teacher.run:
         teacher = runs.open_run(config.teacher.run, "teacher.run")
         from potstill.task import match_classes
 
-        match_classes(runs.read_json(teacher / "run.json")["classes"], plan.rows.classes, config.teacher.run)
+        match_classes(
+            runs.read_json(teacher / "run.json")["classes"], plan.rows.classes, config.teacher.run
+        )
         runs.best_checkpoint(teacher)
 
 
@@ -133,7 +143,10 @@ def _write_identity(config: Config, run_dir: Path, plan: Plan) -> None:
         return
     config.run.name = run_dir.name
     config.data.root = str(plan.rows.root)
-    counts = {str(s): int(n) for s, n in zip(*np.unique(np.asarray(plan.rows.split), return_counts=True), strict=True)}
+    counts = {
+        str(s): int(n)
+        for s, n in zip(*np.unique(np.asarray(plan.rows.split), return_counts=True), strict=True)
+    }
     runs.atomic_write(run_dir / "config.yaml", to_yaml(config))
     commit, dirty = _git()
     about = {
@@ -141,14 +154,21 @@ def _write_identity(config: Config, run_dir: Path, plan: Plan) -> None:
         "experiment": config.experiment,
         "created": time.time(),
         "classes": plan.rows.classes,
-        "dataset": {"key": plan.key, "dir": str(plan.folder), "root": str(plan.rows.root), "counts": counts},
+        "dataset": {
+            "key": plan.key,
+            "dir": str(plan.folder),
+            "root": str(plan.rows.root),
+            "counts": counts,
+        },
         "git_commit": commit,
         "git_dirty": dirty,
         "teacher_run": config.teacher.run and str(Path(config.teacher.run).expanduser().resolve()),
         "init_from": config.model.get("init_from"),
         "tags": config.run.tags,
         "config_hash": config_hash(config),
-        "versions": {p: importlib.metadata.version(p) for p in ("potstill", "torch", "timm", "ray")},
+        "versions": {
+            p: importlib.metadata.version(p) for p in ("potstill", "torch", "timm", "ray")
+        },
     }
     runs.write_json(run_dir / "run.json", about)
 
@@ -158,10 +178,18 @@ def _git() -> tuple[str | None, bool]:
     here = Path(__file__).parent
     try:
         commit = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+            ["git", "-C", str(here), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
         ).stdout.strip()
         status = subprocess.run(
-            ["git", "-C", str(here), "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True
+            ["git", "-C", str(here), "status", "--porcelain"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None, False
@@ -176,7 +204,10 @@ def _seen_before(config: Config, run_dir: Path, cache_dir: Path) -> list[dict[st
     np.save(run_dir / "train_hashes.npy", np.unique(_prefixes(cache.split("train").hashes)))
     validation = _prefixes(cache.split("val").hashes)
     found = []
-    for key, source in (("teacher.run", config.teacher.run), ("model.init_from", config.model.get("init_from"))):
+    for key, source in (
+        ("teacher.run", config.teacher.run),
+        ("model.init_from", config.model.get("init_from")),
+    ):
         hashes = Path(source or "").expanduser() / "train_hashes.npy"
         if source and hashes.exists():
             seen = int(np.isin(validation, np.load(hashes)).sum())
@@ -191,16 +222,27 @@ def _prefixes(hashes: np.ndarray) -> np.ndarray:
     return np.frombuffer(hashes.astype("S32").tobytes(), dtype=np.uint64)[::4]
 
 
-def _train(config: Config, run_dir: Path, cache_dir: Path, findings: list[dict[str, str]]) -> dict[str, Any]:
+def _train(
+    config: Config, run_dir: Path, cache_dir: Path, findings: list[dict[str, str]]
+) -> dict[str, Any]:
     from potstill.tracking import AimFollower
 
     runs.mend_journal(run_dir)
     repo = Path(config.tracking.repo or config.runs.dir).expanduser().absolute()
     printer = EpochPrinter(run_dir.name)
     aim = AimFollower(run_dir, repo, console.warn) if config.tracking.name == "aim" else None
-    payload = {"config": to_dict(config), "run_dir": str(run_dir), "cache_dir": str(cache_dir), "findings": findings}
+    payload = {
+        "config": to_dict(config),
+        "run_dir": str(run_dir),
+        "cache_dir": str(cache_dir),
+        "findings": findings,
+    }
     with _follow(run_dir, printer):
-        error = _train_here(payload) if config.scaling.num_workers == 0 else _train_on_workers(config, payload)
+        error = (
+            _train_here(payload)
+            if config.scaling.num_workers == 0
+            else _train_on_workers(config, payload)
+        )
         _end_journal(run_dir, error)
     summary = _summarise(run_dir)
     runs.write_json(run_dir / "summary.json", summary)
@@ -230,7 +272,9 @@ def _train_here(payload: dict[str, Any]) -> BaseException | None:
     before = {}
     try:
         if threading.current_thread() is threading.main_thread():
-            before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+            before = {
+                number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)
+            }
         _trainer({**payload, "stop": stop}, {"num_workers": 0}, max_failures=0).fit()
     except (UserError, KeyboardInterrupt) as error:
         return error
@@ -249,22 +293,31 @@ def _train_on_workers(config: Config, payload: dict[str, Any]) -> BaseException 
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     scaling = _scaling(config, ray.cluster_resources())
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    scribe = ray.remote(_Scribe).options(num_cpus=0, scheduling_strategy=here).remote(payload["run_dir"])
+    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    scribe: Any = (
+        ray.remote(_Scribe).options(num_cpus=0, scheduling_strategy=here).remote(payload["run_dir"])
+    )
     try:
         _trainer({**payload, "scribe": scribe}, scaling, config.scaling.max_failures).fit()
     except KeyboardInterrupt as error:
         return error
     except ray.train.TrainingFailedError as error:
         causes = getattr(error, "worker_failures", None) or {}
-        lines = [f"worker {rank}: {str(cause).strip().splitlines()[-1]}" for rank, cause in sorted(causes.items())]
+        lines = [
+            f"worker {rank}: {str(cause).strip().splitlines()[-1]}"
+            for rank, cause in sorted(causes.items())
+        ]
         return RunFailed(
             f"{'; '.join(lines) or error}. The same command goes on from the last checkpoint; "
             "Ray's logs are in /tmp/ray/session_latest/logs/train"
         )
     finally:
         ray.kill(scribe)
-    refused = [r for r in runs.read_journal(Path(payload["run_dir"])) if r["kind"] == "end" and r["status"] == "failed"]
+    refused = [
+        r
+        for r in runs.read_journal(Path(payload["run_dir"]))
+        if r["kind"] == "end" and r["status"] == "failed"
+    ]
     return UserError(refused[-1]["reason"]) if refused else None
 
 
@@ -272,9 +325,13 @@ class RunFailed(RuntimeError):
     """Workers were lost more often than scaling.max_failures allows, or raised what is no user's mistake."""
 
 
-def _scaling(config: Config, resources: dict[str, float]) -> dict[str, Any]:
+def _scaling(config: Config, resources: Mapping[str, float]) -> dict[str, Any]:
     """ScalingConfig's arguments. Raises UserError for more than the cluster has."""
-    n, cpus_here, gpus_here = config.scaling.num_workers, int(resources.get("CPU", 0)), resources.get("GPU", 0)
+    n, cpus_here, gpus_here = (
+        config.scaling.num_workers,
+        int(resources.get("CPU", 0)),
+        resources.get("GPU", 0),
+    )
     use_gpu = config.scaling.use_gpu if config.scaling.use_gpu is not None else gpus_here >= n
     if use_gpu and gpus_here < n and not os.environ.get("RAY_ADDRESS"):
         raise UserError(
@@ -357,7 +414,10 @@ def _end_journal(run_dir: Path, error: BaseException | None) -> None:
     step = max((r["step"] for r in raw if r["kind"] == "checkpoint"), default=0)
     stopped = error is None or isinstance(error, KeyboardInterrupt)
     record = {"kind": "end", "attempt": attempt, "step": step, "time": time.time(), "best": None}
-    record |= {"status": "stopped" if stopped else "failed", "reason": "" if stopped else str(error)}
+    record |= {
+        "status": "stopped" if stopped else "failed",
+        "reason": "" if stopped else str(error),
+    }
     runs.append_records(run_dir, [record])
 
 
@@ -366,7 +426,10 @@ def _summarise(run_dir: Path) -> dict[str, Any]:
     records = runs.read_journal(run_dir)
     epochs = [r for r in records if r["kind"] == "epoch"]
     attempts = [r for r in records if r["kind"] == "attempt"]
-    end = next((r for r in records if r["kind"] == "end"), {"status": "stopped", "reason": "", "best": None})
+    end = next(
+        (r for r in records if r["kind"] == "end"),
+        {"status": "stopped", "reason": "", "best": None},
+    )
     best = max((r for r in epochs if r["best"]), key=lambda r: r["epoch"], default=None)
     summary: dict[str, Any] = {
         "name": run_dir.name,
@@ -384,12 +447,18 @@ def _summarise(run_dir: Path) -> dict[str, Any]:
     if best:
         with contextlib.suppress(UserError):
             checkpoint = runs.best_checkpoint(run_dir)
-            summary["model_file_mb"] = (checkpoint.folder / "model.safetensors").stat().st_size / 1e6
+            summary["model_file_mb"] = (
+                checkpoint.folder / "model.safetensors"
+            ).stat().st_size / 1e6
     return summary
 
 
 def _data_warnings(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    found = {r["name"]: {"name": r["name"], "message": r["message"]} for r in records if r["kind"] == "warning"}
+    found = {
+        r["name"]: {"name": r["name"], "message": r["message"]}
+        for r in records
+        if r["kind"] == "warning"
+    }
     return list(found.values())
 
 
@@ -419,7 +488,7 @@ def _work(payload: dict[str, Any]) -> None:
     import torch
     from ray.train import get_context
 
-    from potstill.assemble import train_run, use_threads
+    from potstill.assemble import prepare_process, train_run
     from potstill.loop import Stopped
 
     config: Config = from_dict(Config, payload["config"])
@@ -429,20 +498,30 @@ def _work(payload: dict[str, Any]) -> None:
     if session.in_process:
         on_gpu = torch.cuda.is_available() and config.scaling.use_gpu is not False
         if config.scaling.use_gpu and not on_gpu:
-            raise UserError("scaling.use_gpu must be false or null on a machine without a GPU, got true")
+            raise UserError(
+                "scaling.use_gpu must be false or null on a machine without a GPU, got true"
+            )
         device = torch.device("cuda:0" if on_gpu else "cpu")
-        use_threads(config.scaling.cpus_per_worker, 1)
+        prepare_process(config.scaling.cpus_per_worker, 1)
     else:
         from ray.train.torch import get_device
 
         device = get_device()
-        use_threads(config.scaling.cpus_per_worker, context.get_local_world_size())
+        prepare_process(config.scaling.cpus_per_worker, context.get_local_world_size())
     attempt = 1 + runs.last_attempt(run_dir)
     try:
-        progress, _ = train_run(config, Path(payload["cache_dir"]), session, device, attempt, payload["findings"])
+        progress, _ = train_run(
+            config, Path(payload["cache_dir"]), session, device, attempt, payload["findings"]
+        )
         early = progress.epoch < config.loop.epochs
-        why = f"{config.loop.monitor} has not improved for {config.loop.patience} epochs" if early else ""
-        session.end(attempt, progress.step, "stopped_early" if early else "finished", why, progress.best)
+        why = (
+            f"{config.loop.monitor} has not improved for {config.loop.patience} epochs"
+            if early
+            else ""
+        )
+        session.end(
+            attempt, progress.step, "stopped_early" if early else "finished", why, progress.best
+        )
     except Stopped as error:
         session.end(attempt, session.step, "stopped", str(error), None)
         if session.in_process:
@@ -488,12 +567,19 @@ class _RaySession:
         checkpoint = None
         if self.rank == 0:
             kept = runs.save_checkpoint(
-                self.run_dir, snapshot.step, snapshot.model_state, snapshot.state, snapshot.meta, snapshot.files
+                self.run_dir,
+                snapshot.step,
+                snapshot.model_state,
+                snapshot.state,
+                snapshot.meta,
+                snapshot.files,
             )
             runs.prune_checkpoints(self.run_dir)
             checkpoint = ray.train.Checkpoint.from_directory(kept.folder)
         numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
-        ray.train.report(numbers, checkpoint, checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD)
+        ray.train.report(
+            numbers, checkpoint, checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD
+        )
 
     def resume_from(self) -> tuple[Checkpoint | None, list[str]]:
         return runs.newest_checkpoint(self.run_dir)
@@ -501,7 +587,9 @@ class _RaySession:
     def preempted(self) -> bool:
         return self._stop is not None and self._stop.is_set()
 
-    def end(self, attempt: int, step: int, status: str, reason: str, best: dict[str, Any] | None) -> None:
+    def end(
+        self, attempt: int, step: int, status: str, reason: str, best: dict[str, Any] | None
+    ) -> None:
         self.log(
             {
                 "kind": "end",

@@ -127,14 +127,37 @@ def train(
     checkpoint stands) and Stopped.
     """
     training = _Training(
-        task, teachers, optimizer, learning_rate, batches, val_batches, augment, cfg, session, device, classes, attempt
+        task,
+        teachers,
+        optimizer,
+        learning_rate,
+        batches,
+        val_batches,
+        augment,
+        cfg,
+        session,
+        device,
+        classes,
+        attempt,
     )
     return training.run(opening, facts or {})
 
 
 class _Training:
     def __init__(
-        self, task, teachers, optimizer, learning_rate, batches, val_batches, augment, cfg, session, device, classes, attempt
+        self,
+        task,
+        teachers,
+        optimizer,
+        learning_rate,
+        batches,
+        val_batches,
+        augment,
+        cfg,
+        session,
+        device,
+        classes,
+        attempt,
     ) -> None:
         self.task: Task = task
         self.teachers: Sequence[Teacher] = teachers
@@ -153,7 +176,9 @@ class _Training:
         self.at = Progress()
         self.meter = self._new_meter()
         self.forward: nn.Module = task
-        self._window = torch.zeros(2, dtype=torch.float64, device=device)  # sum and weight of the loss since the last log
+        self._window = torch.zeros(
+            2, dtype=torch.float64, device=device
+        )  # sum and weight of the loss since the last log
         self._clock = 0.0
 
     def _new_meter(self) -> Meter:
@@ -166,7 +191,9 @@ class _Training:
         if self.session.world_size > 1:
             # buffers are averaged when they are used (_share_buffers), not sent at every step
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self.forward = DistributedDataParallel(self.task, device_ids=ids, broadcast_buffers=False)
+            self.forward = DistributedDataParallel(
+                self.task, device_ids=ids, broadcast_buffers=False
+            )
         while self.at.epoch < self.cfg.epochs and not self._out_of_patience():
             self._train_epoch()
         return self.at
@@ -189,7 +216,12 @@ class _Training:
             images, window_images = images + n, window_images + n
             last = at.epoch_step == self.batches.steps
             if at.step % cfg.log_every_steps == 0 or last:
-                values = {"epoch": at.epoch + 1, "epoch_step": at.epoch_step, "loss": self._window_loss(), "lr": lr}
+                values = {
+                    "epoch": at.epoch + 1,
+                    "epoch_step": at.epoch_step,
+                    "loss": self._window_loss(),
+                    "lr": lr,
+                }
                 now = time.perf_counter()
                 values["images_per_s"] = window_images / (now - window_started)
                 window_started, window_images = now, 0
@@ -198,13 +230,17 @@ class _Training:
                 self._log("step", **values)
                 if not last and self.session.preempted():
                     self._save_within_epoch()
-                    raise Stopped(f"stopped at step {at.step} and saved; the same command goes on from here")
+                    raise Stopped(
+                        f"stopped at step {at.step} and saved; the same command goes on from here"
+                    )
             if not last and at.step % cfg.checkpoint_every_steps == 0:
                 self._save_within_epoch()
         train_seconds = time.perf_counter() - started
         self._finish_epoch(lr, started, images / train_seconds, at.epoch_step - counted_from)
 
-    def _finish_epoch(self, lr: float, started: float, images_per_s: float, steps_done: int) -> None:
+    def _finish_epoch(
+        self, lr: float, started: float, images_per_s: float, steps_done: int
+    ) -> None:
         at, cfg = self.at, self.cfg
         trained = self.meter.compute()
         self._refuse_bad_weights()
@@ -223,15 +259,23 @@ class _Training:
             "lr": lr,
             "top_k": top_k(len(self.classes)),
             "terms": {
-                t.name: {"loss": trained[f"term/{t.name}"], "weighted": t.weight * trained[f"term/{t.name}"]}
+                t.name: {
+                    "loss": trained[f"term/{t.name}"],
+                    "weighted": t.weight * trained[f"term/{t.name}"],
+                }
                 for t in self.task.terms
             },
             "seconds": seconds,
             "images_per_s": images_per_s,
-            "seconds_left": (cfg.epochs - at.epoch - 1) * seconds * self.batches.steps / max(steps_done, 1),
+            "seconds_left": (cfg.epochs - at.epoch - 1)
+            * seconds
+            * self.batches.steps
+            / max(steps_done, 1),
         }
         value = record[cfg.monitor]
-        better = at.best is None or (value > at.best["value"] if higher_is_better(cfg.monitor) else value < at.best["value"])
+        better = at.best is None or (
+            value > at.best["value"] if higher_is_better(cfg.monitor) else value < at.best["value"]
+        )
         at.bad_epochs = 0 if better else at.bad_epochs + 1
         if better:
             at.best = {
@@ -242,7 +286,9 @@ class _Training:
                 "value": value,
             }
         record["best"] = better
-        at.epochs.append({k: record[k] for k in ("train_loss", "train_top1_acc", "val_loss", "val_top1_acc")})
+        at.epochs.append(
+            {k: record[k] for k in ("train_loss", "train_top1_acc", "val_loss", "val_top1_acc")}
+        )
         record["warnings"] = check_epoch(at.epochs, found.label, found.prediction, self.classes)
         self.learning_rate.after_epoch(value)
         at.epoch, at.epoch_step = at.epoch + 1, 0
@@ -267,7 +313,11 @@ class _Training:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _no_sync(self) -> AbstractContextManager:
-        return self.forward.no_sync() if isinstance(self.forward, DistributedDataParallel) else contextlib.nullcontext()
+        return (
+            self.forward.no_sync()
+            if isinstance(self.forward, DistributedDataParallel)
+            else contextlib.nullcontext()
+        )
 
     def _loss(self, part: dict[str, Tensor]) -> Tensor:
         padded = not bool(part["weight"].all())
@@ -280,10 +330,14 @@ class _Training:
         weight = batch["weight"].sum()
         to_mean = batch["weight_total"] / weight.clamp(min=1e-12)
         self.meter.update_mean("loss", loss.detach() * to_mean, weight)
-        self._window += torch.stack([(loss.detach() * batch["weight_total"]).double(), weight.double()])
+        self._window += torch.stack(
+            [(loss.detach() * batch["weight_total"]).double(), weight.double()]
+        )
         for name, share in shares.items():
             self.meter.update_mean(f"term/{name}", share * to_mean, weight)
-        self.meter.update_classified(outputs["logits"].detach(), batch["label"], batch["weight"], padded)
+        self.meter.update_classified(
+            outputs["logits"].detach(), batch["label"], batch["weight"], padded
+        )
         return loss
 
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -293,7 +347,9 @@ class _Training:
     def _evaluate(self) -> tuple[dict[str, float], Predictions]:
         self._share_buffers()
         self.task.eval()
-        return evaluate(self._predict, self._val_batches(), len(self.classes), self.device, self.autocast)
+        return evaluate(
+            self._predict, self._val_batches(), len(self.classes), self.device, self.autocast
+        )
 
     def _predict(self, batch: dict[str, Tensor]) -> Tensor:
         return self.task.model(batch)["logits"]
@@ -348,7 +404,9 @@ class _Training:
         self._share_buffers()
         self._save(epoch_done=False, metrics={})
 
-    def _save(self, epoch_done: bool, metrics: dict[str, Any], files: dict[str, bytes] | None = None) -> None:
+    def _save(
+        self, epoch_done: bool, metrics: dict[str, Any], files: dict[str, bytes] | None = None
+    ) -> None:
         at = self.at
         state = {
             "optimizer": self.optimizer.state_dict(),
@@ -357,9 +415,16 @@ class _Training:
             "progress": vars(at),
             "meter": self.meter.state(),
         }
-        meta = {"epoch": at.epoch, "epoch_step": at.epoch_step, "epoch_done": epoch_done, "best": at.best}
+        meta = {
+            "epoch": at.epoch,
+            "epoch_step": at.epoch_step,
+            "epoch_done": epoch_done,
+            "best": at.best,
+        }
         model_state = self.task.model.state_dict()
-        self.session.report({**metrics, "step": at.step}, Snapshot(at.step, model_state, state, meta, files or {}))
+        self.session.report(
+            {**metrics, "step": at.step}, Snapshot(at.step, model_state, state, meta, files or {})
+        )
         self._log("checkpoint", folder=f"step-{at.step:08d}", epoch_done=epoch_done)
 
     def _resume(self, facts: dict[str, Any]) -> None:
@@ -386,10 +451,18 @@ class _Training:
         )
 
     def _log(self, kind: str, **values: Any) -> None:
-        self.session.log({"kind": kind, "attempt": self.attempt, "step": self.at.step, "time": time.time(), **values})
+        self.session.log(
+            {
+                "kind": kind,
+                "attempt": self.attempt,
+                "step": self.at.step,
+                "time": time.time(),
+                **values,
+            }
+        )
 
 
 def _npz(found: Predictions) -> bytes:
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **found.arrays())
+    np.savez_compressed(buffer, allow_pickle=False, **found.arrays())
     return buffer.getvalue()

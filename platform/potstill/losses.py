@@ -10,7 +10,9 @@ from torch import Tensor
 
 def cross_entropy(logits_BK: Tensor, label_B: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy with the labels, smoothed as in Szegedy et al. 2015, arXiv:1512.00567. Returns [B], in nats."""
-    return F.cross_entropy(logits_BK.float(), label_B, reduction="none", label_smoothing=label_smoothing)
+    return F.cross_entropy(
+        logits_BK.float(), label_B, reduction="none", label_smoothing=label_smoothing
+    )
 
 
 def kl(student_BK: Tensor, teacher_BK: Tensor, *, temperature: float = 4.0) -> Tensor:

@@ -37,7 +37,9 @@ class WeightedMean(Metric):
     def __init__(self) -> None:
         super().__init__()
         for name in ("total", "weight"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
+            self.add_state(
+                name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum", persistent=True
+            )
 
     def update(self, value: Tensor, weight: Tensor) -> None:
         """`value` and `weight`: both [] or both [B]."""
@@ -54,7 +56,13 @@ class Meter:
     `compute()` returns loss, top1_acc, top5_acc (percent) and what else was asked for. It is collective.
     """
 
-    def __init__(self, num_classes: int, device: torch.device, terms: Iterable[str] = (), macro_f1: bool = False) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        device: torch.device,
+        terms: Iterable[str] = (),
+        macro_f1: bool = False,
+    ) -> None:
         options: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
         accuracies: dict[str, Any] = {
             "top1_acc": MulticlassAccuracy(top_k=1, average="micro", **options),
@@ -65,14 +73,17 @@ class Meter:
         self.classified = MetricCollection(accuracies, compute_groups=False).to(device)
         self.classified.persistent(True)
         self.means = MetricCollection(
-            {name: WeightedMean() for name in ("loss", *(f"term/{t}" for t in terms))}, compute_groups=False
+            {name: WeightedMean() for name in ("loss", *(f"term/{t}" for t in terms))},
+            compute_groups=False,
         ).to(device)
 
     def update_mean(self, name: str, value: Tensor, weight: Tensor) -> None:
         """`value` and `weight`: both [] or both [B]."""
         self.means[name].update(value, weight)
 
-    def update_classified(self, logits_BK: Tensor, label_B: Tensor, weight_B: Tensor, padded: bool) -> None:
+    def update_classified(
+        self, logits_BK: Tensor, label_B: Tensor, weight_B: Tensor, padded: bool
+    ) -> None:
         """`padded`: whether some weights are 0; those samples are left out."""
         if padded:
             real = weight_B > 0
@@ -99,8 +110,12 @@ class Meter:
     def load_state(self, sums: dict[str, Tensor], rank: int) -> None:
         """Rank 0 takes up the sums of all; the others start from nothing."""
         if rank == 0:
-            self.means.load_state_dict({k[6:]: v for k, v in sums.items() if k.startswith("means.")})
-            self.classified.load_state_dict({k[11:]: v for k, v in sums.items() if k.startswith("classified.")})
+            self.means.load_state_dict(
+                {k[6:]: v for k, v in sums.items() if k.startswith("means.")}
+            )
+            self.classified.load_state_dict(
+                {k[11:]: v for k, v in sums.items() if k.startswith("classified.")}
+            )
             for collection in (self.means, self.classified):
                 for metric in collection.values():
                     metric._update_count = 1  # it has been updated, in the life before
@@ -116,7 +131,12 @@ class Predictions:
     confidence: np.ndarray
 
     def arrays(self) -> dict[str, np.ndarray]:
-        return {"id": self.id, "label": self.label, "prediction": self.prediction, "confidence": self.confidence}
+        return {
+            "id": self.id,
+            "label": self.label,
+            "prediction": self.prediction,
+            "confidence": self.confidence,
+        }
 
 
 @torch.inference_mode()
@@ -144,12 +164,16 @@ def evaluate(
         meter.update_classified(logits_BK, batch["label"], weight_B, padded)
         confidence_B, prediction_B = logits_BK.softmax(dim=1).max(dim=1)
         real = weight_B > 0
-        columns.append(tuple(c[real] for c in (batch["id"], batch["label"], prediction_B, confidence_B)))
+        columns.append(
+            tuple(c[real] for c in (batch["id"], batch["label"], prediction_B, confidence_B))
+        )
     joined = [torch.cat(c).cpu().numpy() for c in zip(*columns, strict=True)] if columns else []
     joined = _gather(joined)
     order = np.argsort(joined[0], kind="stable")
     ids, label, prediction, confidence = (c[order] for c in joined)
-    found = Predictions(ids, label.astype(np.int32), prediction.astype(np.int32), confidence.astype(np.float32))
+    found = Predictions(
+        ids, label.astype(np.int32), prediction.astype(np.int32), confidence.astype(np.float32)
+    )
     return meter.compute(), found
 
 
@@ -163,9 +187,16 @@ def _gather(columns: list[np.ndarray]) -> list[np.ndarray]:
 
 def per_class(found: Predictions, classes: list[str]) -> list[dict[str, Any]]:
     """Precision, recall and F1 (percent) and the number of samples of each class, in class order."""
-    from torchmetrics.functional.classification import multiclass_f1_score, multiclass_precision, multiclass_recall
+    from torchmetrics.functional.classification import (
+        multiclass_f1_score,
+        multiclass_precision,
+        multiclass_recall,
+    )
 
-    prediction, label = torch.from_numpy(found.prediction).long(), torch.from_numpy(found.label).long()
+    prediction, label = (
+        torch.from_numpy(found.prediction).long(),
+        torch.from_numpy(found.label).long(),
+    )
     options: dict[str, Any] = {"num_classes": len(classes), "average": "none"}
     scores = {
         "precision": multiclass_precision(prediction, label, **options),
@@ -174,6 +205,10 @@ def per_class(found: Predictions, classes: list[str]) -> list[dict[str, Any]]:
     }
     support = np.bincount(found.label, minlength=len(classes))
     return [
-        {"class": name, "support": int(support[k]), **{s: 100.0 * float(v[k]) for s, v in scores.items()}}
+        {
+            "class": name,
+            "support": int(support[k]),
+            **{s: 100.0 * float(v[k]) for s, v in scores.items()},
+        }
         for k, name in enumerate(classes)
     ]

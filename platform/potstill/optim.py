@@ -11,7 +11,9 @@ from torch import nn
 from potstill.config import Optimizer, Schedule
 
 
-def build_optimizer(model: nn.Module, head: set[str], cfg: Optimizer, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, head: set[str], cfg: Optimizer, device: torch.device
+) -> torch.optim.Optimizer:
     """`head`: names of the classifier's parameters, which take `head_lr`.
 
     Biases and parameters of normalisation (one dimension) are not decayed; frozen ones are left out.
@@ -30,7 +32,9 @@ def build_optimizer(model: nn.Module, head: set[str], cfg: Optimizer, device: to
     ]
     fused: dict[str, Any] = {"fused": device.type in ("cuda", "cpu")}
     if cfg.name == "sgd":
-        return torch.optim.SGD(params, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.momentum > 0, **fused)
+        return torch.optim.SGD(
+            params, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.momentum > 0, **fused
+        )
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[cfg.name]
     return kind(params, lr=cfg.lr, betas=(cfg.betas[0], cfg.betas[1]), **fused)
 
@@ -42,7 +46,12 @@ class LearningRate:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, cfg: Schedule, steps_per_epoch: int, epochs: int, higher_is_better: bool
+        self,
+        optimizer: torch.optim.Optimizer,
+        cfg: Schedule,
+        steps_per_epoch: int,
+        epochs: int,
+        higher_is_better: bool,
     ) -> None:
         self.optimizer, self.cfg = optimizer, cfg
         self.base = [group["lr"] for group in optimizer.param_groups]
@@ -59,7 +68,11 @@ class LearningRate:
         if self.cfg.name == "cosine":
             done = (step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1)
             cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-            return self.cfg.min_lr + (base - self.cfg.min_lr) * cosine if base > self.cfg.min_lr else base
+            return (
+                self.cfg.min_lr + (base - self.cfg.min_lr) * cosine
+                if base > self.cfg.min_lr
+                else base
+            )
         return max(base * factor, min(self.cfg.min_lr, base))
 
     def before_step(self, step: int) -> float:
@@ -81,7 +94,15 @@ class LearningRate:
             self.bad_epochs = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"plateau_factor": self.plateau_factor, "best": self.best, "bad_epochs": self.bad_epochs}
+        return {
+            "plateau_factor": self.plateau_factor,
+            "best": self.best,
+            "bad_epochs": self.bad_epochs,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.plateau_factor, self.best, self.bad_epochs = state["plateau_factor"], state["best"], state["bad_epochs"]
+        self.plateau_factor, self.best, self.bad_epochs = (
+            state["plateau_factor"],
+            state["best"],
+            state["bad_epochs"],
+        )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from potstill import console, runs
+from potstill import console
 from potstill.compare import comparison
 from potstill.config import Config, QuickstartConfig, compose
 from potstill.errors import UserError
@@ -22,7 +22,7 @@ def write_digits(root: Path, per_class: int | None = None) -> Path:
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     written = dict.fromkeys(range(10), 0)
     for i, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         if per_class is not None and written[int(label)] >= per_class:
@@ -50,7 +50,9 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     console.say(f"Digits: {root}")
 
     def run(experiment: str, seed: int, *overrides: str) -> dict[str, Any]:
-        return fit(_compose(config, experiment, f"data.root={root}", f"loop.seed={seed}", *overrides))
+        return fit(
+            _compose(config, experiment, f"data.root={root}", f"loop.seed={seed}", *overrides)
+        )
 
     console.say("\nTeacher", "bold underline")
     teacher = run("digits_teacher", 0)
@@ -71,7 +73,9 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
 
 
 def _compose(config: QuickstartConfig, experiment: str, *overrides: str) -> Config:
-    composed = compose("train", [f"experiment={experiment}", f"debug={str(config.debug).lower()}", *overrides])
+    composed = compose(
+        "train", [f"experiment={experiment}", f"debug={str(config.debug).lower()}", *overrides]
+    )
     composed.cache, composed.runs, composed.tracking = config.cache, config.runs, config.tracking
     composed.run.tags = ["quickstart"]
     return composed
@@ -100,7 +104,11 @@ def _say(
     console.say("")
     console.table(
         ["model", "runs", "val top-1", "parameters", "file", "training"],
-        [row("teacher", [teacher]), row("student alone", alone), row("student distilled", distilled)],
+        [
+            row("teacher", [teacher]),
+            row("student alone", alone),
+            row("student distilled", distilled),
+        ],
     )
     low, high = result["interval"] or (float("nan"), float("nan"))
     console.say(
@@ -108,4 +116,6 @@ def _say(
         f"paired over {len(alone)} seeds)",
         "bold",
     )
-    console.say(f"{seconds:.0f} s in all. Plots: {folder}, and plots/ and report.html in each run of {folder.parent}")
+    console.say(
+        f"{seconds:.0f} s in all. Plots: {folder}, and plots/ and report.html in each run of {folder.parent}"
+    )

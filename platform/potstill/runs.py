@@ -1,13 +1,13 @@
 """A run's folder: identity, lock, journal, history, checkpoints. Every write is atomic or an append.
 
-    <runs.dir>/<name>/
-        config.yaml             the config that the run was started with
-        run.json                what it is: classes, dataset, teacher, git commit, versions
-        journal.jsonl           append-only; history, console, plots and Aim are made from it
-        training_history.json   one entry an epoch, in percent
-        summary.json            written when the run ends
-        checkpoints/step-*/     model.safetensors, state.pt, val_predictions.npz, meta.json (last: the commit)
-        plots/  report.html
+<runs.dir>/<name>/
+    config.yaml             the config that the run was started with
+    run.json                what it is: classes, dataset, teacher, git commit, versions
+    journal.jsonl           append-only; history, console, plots and Aim are made from it
+    training_history.json   one entry an epoch, in percent
+    summary.json            written when the run ends
+    checkpoints/step-*/     model.safetensors, state.pt, val_predictions.npz, meta.json (last: the commit)
+    plots/  report.html
 """
 
 from __future__ import annotations
@@ -125,7 +125,11 @@ def read_journal(run_dir: Path) -> list[Record]:
     for attempt in sorted(starts, reverse=True):
         taken_over[attempt] = limit
         limit = min(limit, starts[attempt])
-    kept = [r for r in records if r["kind"] == "attempt" or r.get("step", 0) <= taken_over.get(r["attempt"], math.inf)]
+    kept = [
+        r
+        for r in records
+        if r["kind"] == "attempt" or r.get("step", 0) <= taken_over.get(r["attempt"], math.inf)
+    ]
     # an earlier attempt's end (it failed, or was stopped) is no longer how the run ended
     last = max(starts, default=0)
     return [r for r in kept if r["kind"] != "end" or r["attempt"] == last]
@@ -179,10 +183,18 @@ def open_run(path: str | Path, key: str) -> Path:
     if is_run(folder):
         return folder
     if not folder.exists():
-        raise UserError(f"{key} must be the folder of a run, got {path!s}, which does not exist; runs stand in runs.dir")
+        raise UserError(
+            f"{key} must be the folder of a run, got {path!s}, which does not exist; runs stand in runs.dir"
+        )
     found = sorted(p.name for p in folder.iterdir() if p.is_dir() and is_run(p))[:5]
-    remedy = f"it holds the runs {', '.join(found)}: name one of them" if found else "start one with jobs/train.py"
-    raise UserError(f"{key} must be the folder of a run (config.yaml and run.json), got {path!s}; {remedy}")
+    remedy = (
+        f"it holds the runs {', '.join(found)}: name one of them"
+        if found
+        else "start one with jobs/train.py"
+    )
+    raise UserError(
+        f"{key} must be the folder of a run (config.yaml and run.json), got {path!s}; {remedy}"
+    )
 
 
 # --------------------------------------------------------------------------------------- checkpoints
@@ -238,7 +250,9 @@ def save_checkpoint(
     buffer = io.BytesIO()
     torch.save(state, buffer)
     contents = {
-        "model.safetensors": save({k: v.detach().cpu().contiguous() for k, v in model_state.items()}),
+        "model.safetensors": save(
+            {k: v.detach().cpu().contiguous() for k, v in model_state.items()}
+        ),
         "state.pt": buffer.getvalue(),
         **(files or {}),
     }
@@ -280,11 +294,15 @@ def best_checkpoint(run_dir: Path) -> Checkpoint:
     """
     newest, _ = newest_checkpoint(run_dir)
     if newest is None or not newest.meta.get("best"):
-        raise UserError(f"{run_dir} has no finished epoch yet; start its command again and let it train")
+        raise UserError(
+            f"{run_dir} has no finished epoch yet; start its command again and let it train"
+        )
     name = newest.meta["best"]["folder"]
     if found := _valid(run_dir / "checkpoints" / name):
         return found
-    raise UserError(f"{run_dir / 'checkpoints' / name} is damaged (its SHA-256 does not match); use checkpoint=last")
+    raise UserError(
+        f"{run_dir / 'checkpoints' / name} is damaged (its SHA-256 does not match); use checkpoint=last"
+    )
 
 
 def pick_checkpoint(run_dir: Path, which: str) -> Checkpoint:
@@ -295,7 +313,9 @@ def pick_checkpoint(run_dir: Path, which: str) -> Checkpoint:
     if which != "last":
         raise UserError(f"checkpoint must be best or last, got {which!r}")
     if found is None:
-        raise UserError(f"{run_dir} has no valid checkpoint; start its command again and let it train")
+        raise UserError(
+            f"{run_dir} has no valid checkpoint; start its command again and let it train"
+        )
     return found
 
 

@@ -39,19 +39,29 @@ def build_terms(terms: dict[str, dict[str, Any]]) -> list[Term]:
     for name, node in terms.items():
         key = f"task.terms.{name}"
         options = dict(node)
-        loss_name, inputs, weight = options.pop("loss", None), options.pop("inputs", []), options.pop("weight", 1.0)
+        loss_name, inputs, weight = (
+            options.pop("loss", None),
+            options.pop("inputs", []),
+            options.pop("weight", 1.0),
+        )
         if loss_name not in LOSSES:
             near = difflib.get_close_matches(str(loss_name), LOSSES, n=1)
             remedy = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"{key}.loss must be one of {', '.join(LOSSES)}, got {loss_name!r}{remedy}")
+            raise UserError(
+                f"{key}.loss must be one of {', '.join(LOSSES)}, got {loss_name!r}{remedy}"
+            )
         parameters = inspect.signature(LOSSES[loss_name]).parameters.values()
         positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
         if len(inputs) != len(positional):
-            raise UserError(f"{key}.inputs must name {len(positional)} inputs ({', '.join(positional)}), got {inputs}")
+            raise UserError(
+                f"{key}.inputs must name {len(positional)} inputs ({', '.join(positional)}), got {inputs}"
+            )
         for option in options:
             if option not in keywords:
-                raise UserError(f"{key}.{option} is not an option of {loss_name}; it has {', '.join(keywords) or 'none'}")
+                raise UserError(
+                    f"{key}.{option} is not an option of {loss_name}; it has {', '.join(keywords) or 'none'}"
+                )
         built.append(Term(name, LOSSES[loss_name], tuple(inputs), float(weight), options))
     return built
 
@@ -76,7 +86,9 @@ class Task(nn.Module):
         loss = weight_B.new_zeros(())
         shares: dict[str, Tensor] = {}
         for term in self.terms:
-            loss_B = term.loss(*(self._column(columns, term, name) for name in term.inputs), **term.options)
+            loss_B = term.loss(
+                *(self._column(columns, term, name) for name in term.inputs), **term.options
+            )
             share = (loss_B * weight_B).sum() / total
             loss = loss + term.weight * share
             shares[term.name] = share.detach()
@@ -85,7 +97,9 @@ class Task(nn.Module):
     @staticmethod
     def _column(columns: dict[str, Tensor], term: Term, name: str) -> Tensor:
         if name not in columns:
-            raise UserError(f"task.terms.{term.name}.inputs names {name!r}; there are {', '.join(sorted(columns))}")
+            raise UserError(
+                f"task.terms.{term.name}.inputs names {name!r}; there are {', '.join(sorted(columns))}"
+            )
         return columns[name]
 
 

@@ -6,10 +6,11 @@ share of the slice, so any number of workers sees the same samples in the same s
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,11 +22,11 @@ from potstill.data.augment import views_of
 class Reader(Protocol):
     """One split of a cache, see `cache.SplitReader`."""
 
-    ids: np.ndarray
-    labels: np.ndarray
+    ids: Any  # [N] int64
+    labels: Any  # [N] int64
     shard_rows: list[int]
 
-    def read(self, rows: np.ndarray) -> np.ndarray: ...
+    def read(self, rows: np.ndarray, /) -> np.ndarray: ...
 
 
 def epoch_order(shard_rows: Sequence[int], seed: int, epoch: int, window_rows: int) -> np.ndarray:
@@ -35,7 +36,7 @@ def epoch_order(shard_rows: Sequence[int], seed: int, epoch: int, window_rows: i
     within a window, so that a set larger than memory is read shard by shard.
     """
     rng = np.random.Generator(np.random.Philox([seed, epoch]))
-    starts = np.concatenate([[0], np.cumsum(shard_rows)])
+    starts = [0, *np.cumsum(shard_rows).tolist()]
     parts: list[np.ndarray] = []
     window: list[np.ndarray] = []
     held = 0
@@ -71,7 +72,7 @@ def split_pairs(n: int, parts: int) -> list[slice]:
     bounds = [2 * (pairs * i // parts) for i in range(parts)] + [n]
     if pairs:
         bounds = [n if b // 2 >= pairs else b for b in bounds]
-    return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 class Batches:

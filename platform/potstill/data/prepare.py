@@ -22,13 +22,14 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from potstill import console
 from potstill.data import images
 from potstill.data.cache import FORMAT, Cache, open_cache, shard_fault, write_shard
 from potstill.data.sources import SPLITS, Rows, fingerprint, list_rows, printable
@@ -128,6 +129,19 @@ def prepare(
         report = read_json(plan.folder / "report.json")
         _refuse_unusable(report, plan.folder, data.max_bad_fraction, for_training)
     return Prepared(plan.folder, report, reused)
+
+
+def prepare_shown(data: config.Data, cache: config.Cache, for_training: bool = True) -> Prepared:
+    """`prepare`, with a progress bar where there is something to build."""
+    with ExitStack() as stack:
+        bar: list[Callable[[float], None]] = []
+
+        def show(done: int, total: int) -> None:
+            if not bar:
+                bar.append(stack.enter_context(console.progress("Preparing images", total)))
+            bar[0](done)
+
+        return prepare(data, cache, show, for_training)
 
 
 # ---------------------------------------------------------------------------------------------- plan

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -181,6 +181,8 @@ class TimmModel(nn.Module):
         self.feature_dim: int | None = None
         self._dropout = 0.0
         self._probe(image_px)
+        if pretrained and num_classes != self.net.pretrained_cfg.get("num_classes"):
+            forget_rows(self, range(num_classes))
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`batch["image"]`: float [B, 3, H, W] in [0, 1]. Returns logits [B, K], and features [B, D]."""
@@ -318,6 +320,19 @@ def _seeded(compute: Callable[[], Tensor]) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------- frozen parts
+@torch.no_grad()
+def forget_rows(model: TimmModel, rows: Iterable[int]) -> None:
+    """Let these classes of the classifier start from zero, where the backbone does not.
+
+    The large logits of a random classifier would send large random gradients into a backbone that knows
+    something already. Kolesnikov et al. 2020, arXiv:1912.11370, section 3.3.
+    """
+    rows = list(rows)
+    state = model.state_dict()
+    for name in model.head_parameter_names():
+        state[name][rows] = 0.0
+
+
 def freeze(model: TimmModel, all_but_last_blocks: int | None) -> list[str]:
     """Let only the head and the last `all_but_last_blocks` blocks train; null freezes nothing, 0 all blocks.
 

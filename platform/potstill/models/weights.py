@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from potstill import runs
 from potstill.errors import UserError
+from potstill.models.images import forget_rows
 
 if TYPE_CHECKING:
     from potstill.models.images import TimmModel
@@ -129,7 +130,7 @@ class InitReport:
     dropped: list[str]
     """Classes of the source that the model does not have."""
     new: list[str]
-    """Classes whose row is freshly initialised."""
+    """Classes whose row starts from zero."""
     unnamed: int
     """Rows of a classifier that was left out because its file does not name its classes."""
     loaded: list[str]
@@ -158,7 +159,7 @@ def init_from(model: TimmModel, source: str | Path, classes: Sequence[str]) -> I
     """Start `model` from a run (its best checkpoint) or a weights file. `classes` [K] are the model's.
 
     The backbone is taken over as a whole. Of the classifier, rows of classes with the same name are
-    copied and the others stay fresh. A run names its classes, a file does in `classes` (safetensors:
+    copied and the others start from zero (see `forget_rows`). A run names its classes, a file does in `classes` (safetensors:
     metadata, JSON); a classifier whose classes have no names is left out, whatever its shape.
 
     Raises UserError where less than half of the backbone is in the source (another architecture), or
@@ -211,6 +212,7 @@ def init_from(model: TimmModel, source: str | Path, classes: Sequence[str]) -> I
             to_rows, from_rows = (torch.tensor(r) for r in zip(*rows, strict=True))
             for name in found:
                 target[name][to_rows] = state[name][from_rows].to(target[name])
+        forget_rows(model, [row for row, c in enumerate(classes) if c not in set(kept)])
     return InitReport(
         source=str(source),
         kept=kept,

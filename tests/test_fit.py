@@ -1,0 +1,392 @@
+"""Whole runs: Ray Train on workers and in this process, real checkpoints, a real Aim repository."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import tiny_overrides, write_tree
+from potstill import runs
+from potstill.config import compose
+from potstill.errors import UserError
+from potstill.fit import fit
+
+
+def history(config) -> dict:
+    return runs.read_json(run_dir(config) / "training_history.json")
+
+
+def run_dir(config) -> Path:
+    return Path(config.runs.dir) / config.run.name
+
+
+def test_one_and_two_workers_tell_the_same_story(tiny, capsys):
+    """48 images in batches of 20: an uneven tail of 8; the two workers accumulate besides.
+
+    History, journal, Aim and console hold the same floats.
+    """
+    from potstill.tracking import fill
+
+    shared = ["optimizer.name=sgd", "optimizer.lr=0.05", "loop.epochs=3", "loop.log_every_steps=1"]
+    alone = tiny(*shared, "run.name=alone")
+    fit(alone)
+    capsys.readouterr()
+    pair = tiny(
+        *shared,
+        "run.name=pair",
+        "scaling.num_workers=2",
+        "scaling.cpus_per_worker=1",
+        "loop.accumulate=2",
+    )
+    fit(pair)
+    printed = capsys.readouterr().out
+    one, two = history(alone), history(pair)
+    assert one.keys() == two.keys() == set(runs.HISTORY_KEYS)
+    for key in ("train_loss", "val_loss"):
+        assert one[key] == pytest.approx(two[key], abs=1e-5), key
+    assert one["train_loss"][-1] < one["train_loss"][0]
+
+    records = runs.read_journal(run_dir(pair))
+    steps = [
+        [r["loss"] for r in runs.read_journal(run_dir(c)) if r["kind"] == "step"]
+        for c in (alone, pair)
+    ]
+    assert steps[0] == pytest.approx(steps[1], abs=1e-5)
+    epochs = [r for r in records if r["kind"] == "epoch"]
+    assert [r["world_size"] for r in records if r["kind"] == "attempt"] == [2]
+    assert {k: [e[k] for e in epochs] for k in runs.HISTORY_KEYS} == two
+    for i in range(3):
+        for subset in ("train", "val"):
+            line = (
+                f"{subset.capitalize()} - Loss: {two[f'{subset}_loss'][i]:.4f}, "
+                f"Top-1: {two[f'{subset}_top1_acc'][i]:.2f}%, Top-3: {two[f'{subset}_top5_acc'][i]:.2f}%"
+            )
+            assert line in printed
+    repo = run_dir(pair).parent
+    assert aim_values(repo, fill(run_dir(pair), repo)) == {
+        (name.removeprefix(f"{subset}_"), subset): two[name]
+        for name in runs.HISTORY_KEYS
+        for subset in (name.split("_")[0],)
+        if subset in ("train", "val")
+    }
+
+
+def aim_values(repo: Path, run_hash: str) -> dict[tuple[str, str], list[float]]:
+    """What Aim's own query says of a run's epochs."""
+    from aim import Repo
+
+    names = ("loss", "top1_acc", "top5_acc", "macro_f1")
+    found = {}
+    for of_run in Repo(str(repo)).query_metrics(f"run.hash == '{run_hash}'").iter_runs():
+        for metric in of_run:
+            if metric.name in names:
+                found[metric.name, metric.context["subset"]] = list(metric.values.sparse_numpy()[1])
+    return found
+
+
+def test_a_killed_worker_is_replaced_and_the_run_ends_the_same(tiny, tmp_path, monkeypatch):
+    """Ray restarts the worker; the loop goes on from our checkpoint."""
+    import os
+
+    whole = tiny("run.name=whole", "loop.epochs=2", "loop.checkpoint_every_steps=2")
+    fit(whole)
+    marker = tmp_path / "died"
+    from potstill import assemble
+
+    config = tiny(
+        "run.name=broken", "loop.epochs=2", "loop.checkpoint_every_steps=2", "scaling.num_workers=1"
+    )
+    import ray
+
+    @ray.remote(num_cpus=0)
+    def kill_at(step: int, folder: str) -> bool:
+        """Kill the worker once it has passed `step`."""
+        import signal
+        import time
+
+        import psutil
+
+        for _ in range(600):
+            if any(
+                r["step"] >= step for r in runs.read_journal(Path(folder)) if r["kind"] == "step"
+            ):
+                for process in psutil.process_iter(["cmdline"]):
+                    if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+                        os.kill(process.pid, signal.SIGKILL)
+                        return True
+            time.sleep(0.02)
+        return False
+
+    del marker, assemble, monkeypatch
+    killed = kill_at.remote(4, str(run_dir(config)))
+    fit(config)
+    assert ray.get(killed)
+    attempts = [r for r in runs.read_journal(run_dir(config)) if r["kind"] == "attempt"]
+    assert len(attempts) == 2
+    assert attempts[1]["resumed_from"]
+    assert history(config)["train_loss"] == pytest.approx(history(whole)["train_loss"], abs=1e-6)
+
+
+def test_the_same_command_again_only_tells_what_is_there(tiny, capsys):
+    first = fit(tiny())
+    capsys.readouterr()
+    again = fit(tiny())
+    assert again == first
+    assert "has finished already; run.again=true starts another" in capsys.readouterr().out
+    assert fit(tiny("run.again=true"))["name"] == f"{first['name']}-2"
+
+
+def test_another_config_under_the_same_name_is_refused_with_the_difference(tiny):
+    fit(tiny("run.name=mine", "loop.epochs=1"))
+    with pytest.raises(
+        UserError, match=r"run\.name: mine was started with another config \(loop\.epochs: 1 -> 2\)"
+    ):
+        fit(tiny("run.name=mine", "loop.epochs=2"))
+
+
+def test_a_folder_in_use_is_refused(tiny):
+    config = tiny("run.name=busy")
+    with (
+        runs.lock(Path(config.runs.dir) / "busy"),
+        pytest.raises(UserError, match=r"busy is in use by process \d+"),
+    ):
+        fit(config)
+
+
+def test_a_run_writes_everything_it_promises(tiny):
+    config = tiny("loop.epochs=2", "run.tags=[one,two]")
+    summary = fit(config)
+    folder = Path(config.runs.dir) / summary["name"]
+    assert re.fullmatch(r"run-[0-9a-f]{8}", summary["name"])
+    for name in (
+        "config.yaml",
+        "run.json",
+        "journal.jsonl",
+        "training_history.json",
+        "summary.json",
+        "report.html",
+    ):
+        assert (folder / name).stat().st_size > 0, name
+    for name in (
+        "loss_curves",
+        "top1_accuracy",
+        "top5_accuracy",
+        "training_summary",
+        "confusion_matrix",
+    ):
+        assert (folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
+    about = runs.read_json(folder / "run.json")
+    assert about["classes"] == ["blue", "green", "red", "white"]
+    assert about["dataset"]["counts"] == {"train": 48, "val": 16}
+    assert about["tags"] == ["one", "two"]
+    assert summary["status"] == "finished"
+    assert summary["best_metrics"]["val_top1_acc"] == max(history(config)["val_top1_acc"])
+    assert not (folder / ".ray").exists() or not any((folder / ".ray").rglob("*.safetensors"))
+
+
+def test_a_student_learns_from_a_run_and_class_lists_must_agree(tiny, tmp_path, cache_dir):
+    teacher = tiny("run.name=teacher", "loop.epochs=1")
+    fit(teacher)
+    student = tiny(
+        "run.name=student",
+        "task=distil",
+        f"teacher.run={run_dir(teacher)}",
+        "model.name=test_resnet",
+    )
+    summary = fit(student)
+    records = [r for r in runs.read_journal(run_dir(student)) if r["kind"] == "epoch"]
+    assert set(records[0]["terms"]) == {"task", "distil"}
+    assert records[0]["terms"]["distil"]["weighted"] == pytest.approx(
+        0.9 * records[0]["terms"]["distil"]["loss"]
+    )
+    assert runs.read_json(run_dir(student) / "run.json")["teacher_run"] == str(run_dir(teacher))
+    assert summary["status"] == "finished"
+
+    other = write_tree(tmp_path / "other")
+    (other / "train" / "white").rename(other / "train" / "pink")
+    (other / "val" / "white").rename(other / "val" / "pink")
+    overrides = tiny_overrides(other, cache_dir, tmp_path / "runs")
+    with pytest.raises(
+        UserError, match=r"does not know 1: pink; the data lacks 1 of the teacher's: white"
+    ):
+        fit(compose("train", [*overrides, "task=distil", f"teacher.run={run_dir(teacher)}"]))
+
+
+def test_init_from_takes_over_classes_by_name_and_seen_images_are_named(
+    tiny, tmp_path, cache_dir, tiny_tree, capsys
+):
+    source = tiny("run.name=source", "loop.epochs=1")
+    fit(source)
+    fewer = tmp_path / "fewer"
+    shutil.copytree(tiny_tree, fewer)
+    for split in ("train", "val"):
+        shutil.rmtree(fewer / split / "white")
+        (fewer / split / "red").rename(fewer / split / "pink")
+    # an image that the source was trained on now validates
+    shutil.copy(fewer / "train" / "blue" / "000.png", fewer / "val" / "blue" / "seen.png")
+    capsys.readouterr()
+    config = compose(
+        "train",
+        [
+            *tiny_overrides(fewer, cache_dir, tmp_path / "runs"),
+            "run.name=fewer",
+            "loop.epochs=1",
+            "loop.batch_size=16",
+            f"model.init_from={run_dir(source)}",
+        ],
+    )
+    summary = fit(config)
+    printed = capsys.readouterr().out
+    assert "kept 2, dropped 2, new 1" in printed
+    seen = [w for w in summary["warnings"] if w["name"] == "validation_seen"]
+    assert len(seen) == 1
+    assert "1 of the 13 validation images" in seen[0]["message"]
+
+
+def test_splits_with_other_labels_are_named(tmp_path, cache_dir, ray_session):
+    tree = write_tree(tmp_path / "tree")
+    shutil.rmtree(tree / "val" / "green")
+    summary = fit(
+        compose("train", [*tiny_overrides(tree, cache_dir, tmp_path / "runs"), "loop.epochs=1"])
+    )
+    found = [w for w in summary["warnings"] if w["name"] == "label_sets_differ"]
+    assert found
+    assert "in train and none in val: green" in found[0]["message"]
+
+
+def test_only_the_head_of_a_frozen_model_moves(tiny):
+    base = tiny("run.name=base", "loop.epochs=1", "model.name=test_resnet")
+    fit(base)
+    config = tiny(
+        "run.name=frozen",
+        "model.name=test_resnet",
+        "model.freeze.all_but_last_blocks=0",
+        f"model.init_from={run_dir(base)}",
+    )
+    fit(config)
+    before, after = (runs.best_checkpoint(run_dir(c)).model_state() for c in (base, config))
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert moved
+    assert all("fc" in k or "head" in k for k in moved), moved
+
+
+def test_without_aim_training_goes_on(tiny, monkeypatch, capsys):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "aim" else real(name, *a)
+    )
+    summary = fit(tiny("loop.epochs=1", "tracking=aim"))
+    assert summary["status"] == "finished"
+    assert "Aim is not installed" in capsys.readouterr().out
+    assert not (Path(tiny().runs.dir) / ".aim").exists()
+
+
+def test_lost_predictions_of_an_orphan_do_not_reach_the_history(tmp_path):
+    """A process that outlives its driver may still write: its records are superseded."""
+    folder = tmp_path / "r"
+    folder.mkdir()
+    base = {"time": 0.0}
+    runs.append_records(
+        folder,
+        [
+            {"kind": "attempt", "attempt": 1, "step": 0, **base},
+            {"kind": "epoch", "attempt": 1, "step": 4, "train_loss": 1.0, **base},
+            {"kind": "attempt", "attempt": 2, "step": 4, **base},
+            {"kind": "epoch", "attempt": 1, "step": 8, "train_loss": 99.0, **base},
+            {"kind": "epoch", "attempt": 2, "step": 8, "train_loss": 0.5, **base},
+        ],
+    )
+    with open(folder / "journal.jsonl", "ab") as file:
+        file.write(b'{"kind": "epoch", "attempt": 2, "step"')
+    assert runs.history(runs.read_journal(folder))["train_loss"] == [1.0, 0.5]
+    runs.mend_journal(folder)
+    runs.append_records(
+        folder, [{"kind": "epoch", "attempt": 2, "step": 12, "train_loss": 0.25, **base}]
+    )
+    assert runs.history(runs.read_journal(folder))["train_loss"] == [1.0, 0.5, 0.25]
+
+
+def test_evaluation_of_the_runs_own_data_says_what_the_run_said(tiny, cache_dir):
+    from potstill.config import EvaluateConfig
+    from potstill.evaluate import evaluate_run
+
+    config = tiny("run.name=run", "loop.epochs=2")
+    summary = fit(config)
+    asked = EvaluateConfig(from_run=str(run_dir(config)))
+    asked.cache.dir = str(cache_dir)
+    found = evaluate_run(asked)
+    assert found["metrics"]["loss"] == pytest.approx(summary["best_metrics"]["val_loss"], rel=1e-5)
+    assert found["metrics"]["top1_acc"] == pytest.approx(summary["best_metrics"]["val_top1_acc"])
+    assert sum(row["support"] for row in found["per_class"]) == found["samples"] == 16
+
+
+def test_evaluation_of_an_unseen_folder_matches_classes_by_name(
+    tiny, tmp_path, cache_dir, ray_session
+):
+    from potstill.config import EvaluateConfig
+    from potstill.evaluate import evaluate_run
+
+    config = tiny("run.name=run", "loop.epochs=3")
+    fit(config)
+    tree = write_tree(tmp_path / "split", seed=7)
+    unseen = (
+        tmp_path / "unseen"
+    )  # no splits, and two classes only: their indices differ from the run's
+    for name in ("red", "white"):
+        shutil.copytree(tree / "train" / name, unseen / name)
+    asked = EvaluateConfig(from_run=str(run_dir(config)), output=str(tmp_path / "out"))
+    asked.cache.dir, asked.data.root = str(cache_dir), str(unseen)
+    found = evaluate_run(asked)
+    assert found["samples"] == 24
+    assert found["absent_classes"] == ["blue", "green"]
+    assert [r["class"] for r in found["per_class"]] == ["red", "white"]
+    assert found["metrics"]["top1_acc"] > 60, "matched by index, it would be near 0"
+    assert runs.read_json(tmp_path / "out" / "evaluation.json")["metrics"] == found["metrics"]
+    (unseen / "red").rename(unseen / "pink")
+    with pytest.raises(
+        UserError, match=r"got 1 it does not: pink; choose the others with data\.classes"
+    ):
+        evaluate_run(asked)
+
+
+def test_a_set_with_bad_files_trains_and_counts_add_up(tmp_path, cache_dir, ray_session):
+    """5 % of each kind of bad file: quarantined and listed, none replaced."""
+    import pyarrow.parquet as pq
+
+    tree = write_tree(tmp_path / "tree", train=25, val=10)
+    images = sorted((tree / "train").rglob("*.png"))
+    rng = np.random.default_rng(0)
+    chosen = [images[i] for i in rng.permutation(len(images))[:15]]
+    damage = {
+        "empty": lambda b: b"",
+        "truncated": lambda b: b[: len(b) // 2],
+        "not an image": lambda b: b"<html>404 not found</html>",
+    }
+    expected = {}
+    for i, path in enumerate(chosen):
+        reason = list(damage)[i % 3]
+        path.write_bytes(damage[reason](path.read_bytes()))
+        expected[path.relative_to(tree).as_posix()] = reason
+    config = compose(
+        "train",
+        [
+            *tiny_overrides(tree, cache_dir, tmp_path / "runs"),
+            "loop.epochs=1",
+            "data.max_bad_fraction=0.2",
+        ],
+    )
+    summary = fit(config)
+    about = runs.read_json(Path(config.runs.dir) / summary["name"] / "run.json")
+    folder = Path(about["dataset"]["dir"])
+    listed = pq.read_table(folder / "quarantine.parquet").to_pylist()
+    assert {row["path"]: row["reason"] for row in listed} == expected
+    report = runs.read_json(folder / "report.json")
+    assert report["counts"]["train"] == 100 - 15
+    assert about["dataset"]["counts"] == {"train": 85, "val": 40}

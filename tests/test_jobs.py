@@ -1,0 +1,203 @@
+"""The commands as a user runs them, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, run_job, tiny_overrides, write_tree
+from potstill import runs
+
+MISTAKES = {
+    "one class": (["data.root=one"], r"at least 2 classes|2 classes"),
+    "empty folder": (["data.root=empty"], r"data\.root must be a folder of class folders"),
+    "missing path": (
+        ["data.root=nowhere"],
+        r"data\.root must be a folder.*nowhere.*does not exist",
+    ),
+    "no path": ([], r"data\.root"),
+    "misspelt key": (
+        ["data.root=tree", "loop.epocs=3"],
+        r"loop\.epocs is not a key.*did you mean loop\.epochs",
+    ),
+    "large batch": (
+        ["data.root=tree", "loop.batch_size=5000"],
+        r"loop\.batch_size must be <= the number of training images, got 5000 for 48",
+    ),
+    "full cache": (["data.root=tree", "cache.max_gb=0.000001"], r"cache\.max_gb"),
+    "no teacher": (
+        ["data.root=tree", "task=distil", "teacher.run=nowhere"],
+        r"teacher\.run must be the folder of a run",
+    ),
+    "no weights": (
+        ["data.root=tree", "model.init_from=no.pth"],
+        r"model\.init_from must be .*'no\.pth', which does not exist",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mistakes")
+    write_tree(folder / "tree")
+    (folder / "empty").mkdir()
+    one = folder / "one" / "only"
+    one.mkdir(parents=True)
+    for path in (folder / "tree" / "train" / "red").iterdir():
+        (one / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_message_within_seconds(mistake, places):
+    arguments, says = MISTAKES[mistake]
+    started = time.monotonic()
+    done = run_job("train", *arguments, cwd=places)
+    seconds = time.monotonic() - started
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    import re
+
+    assert re.search(says, done.stderr), done.stderr
+    assert seconds < 15, "no Ray, no torch; the limit leaves room for a busy machine"
+    assert not (places / "cache").exists()
+
+
+def test_an_unknown_model_is_refused_with_near_names(places):
+    done = run_job("train", "data.root=tree", "model.name=resnt18", cwd=places)
+    assert done.returncode == 2
+    assert "model.name must be a timm model, got 'resnt18'; did you mean" in done.stderr
+    assert "resnet18" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "jobs").glob("*.py")))
+def test_help_and_config_of_every_job(name, tmp_path):
+    done = run_job(name, "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert f"uv run jobs/{name}.py" in done.stdout
+    assert "keys (default):" in done.stdout
+    assert run_job(name, "--cfg", cwd=tmp_path).returncode == 0
+
+
+def test_kill_9_in_mid_epoch_then_the_same_command_ends_with_the_same_bits(
+    tmp_path, tiny_tree, cache_dir
+):
+    def command(folder: str) -> list[str]:
+        overrides = tiny_overrides(tiny_tree, cache_dir, tmp_path / folder)
+        more = [
+            "model.name=test_resnet",
+            "loop.epochs=4",
+            "loop.batch_size=8",
+            "loop.log_every_steps=1",
+        ]
+        # dropout, so that random numbers matter; 6 updates an epoch, so that step 9 is in the middle of the second
+        more += ["loop.checkpoint_every_steps=4", "model.kwargs.drop_rate=0.2", "run.name=run"]
+        return [sys.executable, str(ROOT / "jobs" / "train.py"), *overrides, *more]
+
+    subprocess.run(command("whole"), check=True, capture_output=True, timeout=180)
+    folder = tmp_path / "broken" / "run"
+    victim = subprocess.Popen(
+        command("broken"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not any(r["kind"] == "step" and r["step"] >= 9 for r in runs.read_journal(folder)):
+        assert time.monotonic() < deadline
+        assert victim.poll() is None, "it ended before it could be killed"
+        time.sleep(0.005)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (folder / "summary.json").exists()
+    done = subprocess.run(
+        command("broken"), check=True, capture_output=True, text=True, timeout=180
+    )
+    assert "Resumed from step-" in done.stdout
+    last = [runs.pick_checkpoint(tmp_path / d / "run", "last").folder for d in ("whole", "broken")]
+    assert last[0].name == last[1].name == "step-00000024"
+    assert (last[0] / "model.safetensors").read_bytes() == (
+        last[1] / "model.safetensors"
+    ).read_bytes()
+    told = [
+        runs.read_json(tmp_path / d / "run" / "training_history.json")["val_loss"]
+        for d in ("whole", "broken")
+    ]
+    assert told[0] == told[1]
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, tiny_tree, cache_dir):
+    overrides = [
+        *tiny_overrides(tiny_tree, cache_dir, tmp_path / "runs"),
+        "loop.epochs=400",
+        "run.name=run",
+    ]
+    command = [
+        sys.executable,
+        str(ROOT / "jobs" / "train.py"),
+        *overrides,
+        "loop.log_every_steps=1",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "runs" / "run"
+    while not any(r["kind"] == "step" and r["step"] >= 4 for r in runs.read_journal(folder)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "the same command goes on from here" in err
+    assert "Traceback" not in out + err
+    assert runs.read_json(folder / "summary.json")["status"] == "stopped"
+    newest, _ = runs.newest_checkpoint(folder)
+    assert newest is not None
+    assert newest.step >= 4
+
+
+@pytest.mark.slow
+def test_quickstart_from_an_empty_folder(tmp_path):
+    done = run_job("quickstart", cwd=tmp_path, timeout_s=600)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    for noise in ("INFO", "WARNING", "ray::", "Token authentication"):
+        assert noise not in done.stdout + done.stderr
+    for word in (
+        "teacher",
+        "student alone",
+        "student distilled",
+        "Distillation:",
+        "uv run aim up --repo",
+    ):
+        assert word in done.stdout
+    result = json.loads((tmp_path / "runs" / "quickstart" / "comparison.json").read_text())
+    assert result["verdict"] in ("helped", "no difference", "hurt")
+    assert len(result["alone"]["values"]) == len(result["distilled"]["values"]) == 3
+    check = "from aim import Repo; print(len({m.run.hash for r in Repo('runs').query_metrics(\"metric.name == 'loss'\").iter_runs() for m in r}))"
+    told = subprocess.run(
+        [sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert told.stdout.strip() == "7", told
+
+
+def test_quickstart_small(tmp_path, cache_dir):
+    """The same path with few images, so that every test run walks it."""
+    done = run_job(
+        "quickstart",
+        "debug=true",
+        "seeds=[0,1]",
+        "tracking=none",
+        f"cache.dir={cache_dir}",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "paired over 2 seeds" in done.stdout
+    result = json.loads((tmp_path / "runs" / "quickstart" / "comparison.json").read_text())
+    assert len(result["alone"]["values"]) == 2
+    assert Path(tmp_path / "runs" / "quickstart" / "comparison.png").exists()
