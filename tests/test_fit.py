@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -85,45 +88,34 @@ def aim_values(repo: Path, run_hash: str) -> dict[tuple[str, str], list[float]]:
     for of_run in Repo(str(repo)).query_metrics(f"run.hash == '{run_hash}'").iter_runs():
         for metric in of_run:
             if metric.name in names:
-                found[metric.name, metric.context["subset"]] = list(metric.values.sparse_numpy()[1])
+                by_step = metric.dataframe().sort_values("step")
+                found[metric.name, metric.context["subset"]] = by_step["value"].tolist()
     return found
 
 
-def test_a_killed_worker_is_replaced_and_the_run_ends_the_same(tiny, tmp_path, monkeypatch):
+def test_a_killed_worker_is_replaced_and_the_run_ends_the_same(tiny):
     """Ray restarts the worker; the loop goes on from our checkpoint."""
-    import os
+    import ray
 
-    whole = tiny("run.name=whole", "loop.epochs=2", "loop.checkpoint_every_steps=2")
+    whole = tiny("run.name=whole", "loop.epochs=30", "loop.checkpoint_every_steps=2")
     fit(whole)
-    marker = tmp_path / "died"
-    from potstill import assemble
-
     config = tiny(
         "run.name=broken", "loop.epochs=2", "loop.checkpoint_every_steps=2", "scaling.num_workers=1"
     )
-    import ray
 
     @ray.remote(num_cpus=0)
     def kill_at(step: int, folder: str) -> bool:
         """Kill the worker once it has passed `step`."""
-        import signal
-        import time
-
-        import psutil
-
-        for _ in range(600):
-            if any(
-                r["step"] >= step for r in runs.read_journal(Path(folder)) if r["kind"] == "step"
-            ):
-                for process in psutil.process_iter(["cmdline"]):
-                    if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
-                        os.kill(process.pid, signal.SIGKILL)
-                        return True
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            records = runs.read_journal(Path(folder))
+            if any(r["kind"] == "step" and r["step"] >= step for r in records):
+                os.kill(next(r["pid"] for r in records if r["kind"] == "attempt"), signal.SIGKILL)
+                return True
             time.sleep(0.02)
         return False
 
-    del marker, assemble, monkeypatch
-    killed = kill_at.remote(4, str(run_dir(config)))
+    killed = kill_at.remote(20, str(run_dir(config)))
     fit(config)
     assert ray.get(killed)
     attempts = [r for r in runs.read_journal(run_dir(config)) if r["kind"] == "attempt"]
@@ -186,7 +178,9 @@ def test_a_run_writes_everything_it_promises(tiny):
     assert about["tags"] == ["one", "two"]
     assert summary["status"] == "finished"
     assert summary["best_metrics"]["val_top1_acc"] == max(history(config)["val_top1_acc"])
-    assert not (folder / ".ray").exists() or not any((folder / ".ray").rglob("*.safetensors"))
+    kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert len(kept) <= 3
+    assert summary["best"]["folder"] in kept
 
 
 def test_a_student_learns_from_a_run_and_class_lists_must_agree(tiny, tmp_path, cache_dir):

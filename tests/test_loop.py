@@ -121,7 +121,7 @@ def run(
     task = Task((net or Net()).to(device), build_terms(terms or TERMS))
     batches = Batches(Colours(), cfg.batch_size, seed=cfg.seed, shuffle=True)
     opt = build_optimizer(
-        task.model, {"fc.weight", "fc.bias"}, optimizer or Optimizer(lr=0.02), CPU
+        task.model, {"fc.weight", "fc.bias"}, optimizer or Optimizer(lr=0.02), device
     )
     rate = LearningRate(
         opt, schedule or Schedule(), batches.steps, cfg.epochs, cfg.monitor != "val_loss"

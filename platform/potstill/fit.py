@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import threading
@@ -58,7 +57,7 @@ def fit(config: Config) -> dict[str, Any]:
     _check_model(config, plan)
     with runs.lock(run_dir):
         prepared = prepare_shown(config.data, config.cache)
-        _write_identity(config, run_dir, plan)
+        _write_identity(config, run_dir, plan, prepared.report["counts"])
         findings = _seen_before(config, run_dir, prepared.cache_dir)
         return _train(config, run_dir, prepared.cache_dir, findings)
 
@@ -137,16 +136,12 @@ def _check_model(config: Config, plan: Plan) -> None:
     check_name(config.model["name"])
 
 
-def _write_identity(config: Config, run_dir: Path, plan: Plan) -> None:
+def _write_identity(config: Config, run_dir: Path, plan: Plan, counts: dict[str, int]) -> None:
     """config.yaml and run.json: once, when the run starts."""
     if (run_dir / "run.json").exists():
         return
     config.run.name = run_dir.name
     config.data.root = str(plan.rows.root)
-    counts = {
-        str(s): int(n)
-        for s, n in zip(*np.unique(np.asarray(plan.rows.split), return_counts=True), strict=True)
-    }
     runs.atomic_write(run_dir / "config.yaml", to_yaml(config))
     commit, dirty = _git()
     about = {
@@ -354,15 +349,15 @@ def _trainer(payload: dict[str, Any], scaling: dict[str, Any], max_failures: int
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     run_dir = Path(payload["run_dir"])
-    # Ray's own state is new at every start and never read again: damaged, it would refuse to resume (ours is checked)
-    shutil.rmtree(run_dir / ".ray", ignore_errors=True)
+    # Ray's own record of checkpoints is never read again: damaged, it would refuse to resume; ours is checked
+    (run_dir / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     return TorchTrainer(
         _work,
         train_loop_config=payload,
         scaling_config=ray.train.ScalingConfig(**scaling),
         run_config=ray.train.RunConfig(
-            name=f"{time.time():.0f}",
-            storage_path=str(run_dir / ".ray"),
+            name=run_dir.name,  # a checkpoint that Ray is told of, and does not copy, must stand in its own folder
+            storage_path=str(run_dir.parent),
             failure_config=ray.train.FailureConfig(max_failures=max_failures),
         ),
     )
@@ -530,6 +525,10 @@ def _work(payload: dict[str, Any]) -> None:
         session.end(attempt, session.step, "failed", str(error), None)
         if session.in_process:
             raise
+    except Exception as error:
+        if not session.in_process:  # Ray replaces the workers; nobody would hear why
+            session.tell_failure(attempt, error)
+        raise
 
 
 class _RaySession:

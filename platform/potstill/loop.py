@@ -10,6 +10,8 @@ import contextlib
 import hashlib
 import io
 import math
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -447,6 +449,8 @@ class _Training:
             epochs=self.cfg.epochs,
             world_size=self.session.world_size,
             device=str(self.device),
+            host=socket.gethostname(),
+            pid=os.getpid(),
             **facts,
         )
 
