@@ -269,3 +269,9 @@ def test_cuda_equals_cpu(cfg):
         cut.train(images.cuda(), ids, views).cpu(), on_cpu, atol=1e-4, rtol=0
     )
     torch.testing.assert_close(cut.eval(images.cuda()).cpu(), cut.eval(images), atol=1e-4, rtol=0)
+
+
+def test_validation_sees_the_centre():
+    images = torch.randint(0, 256, (2, 3, 20, 20), dtype=torch.uint8)
+    augment = Augment(AugmentConfig(image_px=10, eval_crop=0.5), 20, 0)
+    assert torch.equal(augment.eval(images), images[:, :, 5:15, 5:15].float() / 255)

@@ -76,6 +76,8 @@ class Augment:
     """Largest angle, in degrees, either way."""
     color: float = 0.0
     """Strength of brightness, contrast and saturation changes: factors in [1 - color, 1 + color]."""
+    eval_crop: float = 1.0
+    """Share of the frame's side that validation sees, from the centre; 0.875 suits crops of half the frame and more."""
     views: int | None = None
     """How many different augmentations a sample has in all; null draws a new one at every occurrence."""
 
@@ -382,6 +384,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "augment.flip": _number(0, 1),
     "augment.rotate": _number(0, 180),
     "augment.color": _number(0, 1),
+    "augment.eval_crop": _number(0.1, 1),
     "augment.views": _number(1),
     "teacher.temperature": _number(0, open_low=True),
     "optimizer.name": _one_of("adamw", "adam", "sgd"),

@@ -177,12 +177,13 @@ class Augment:
         self.scale = (float(cfg.crop_scale[0]), float(cfg.crop_scale[1]))
         self.ratio = (float(cfg.crop_ratio[0]), float(cfg.crop_ratio[1]))
         self.flip, self.rotate, self.color = cfg.flip, cfg.rotate, cfg.color
+        self.eval_crop = cfg.eval_crop
 
     @torch.no_grad()
     def train(self, images: Tensor, ids: Tensor, views: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] in any memory format, int64 [B], int64 [B] -> float [B, 3, h, w] in [0, 1].
 
-        With everything off it is `eval` to the bit. Runs on the images' device, in fp32.
+        With everything off it is `eval` of the whole frame to the bit. Runs on the images' device, in fp32.
         """
         device = images.device
         ids, views = ids.to(device), views.to(device)
@@ -205,8 +206,14 @@ class Augment:
 
     @torch.no_grad()
     def eval(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] -> float [B, 3, h, w] in [0, 1]: the whole frame, as `resize` makes it."""
-        return resize(images, self.image_px)
+        """uint8 [B, 3, H, W] -> float [B, 3, h, w] in [0, 1]: the centre of the frame, as `resize` makes it.
+
+        `eval_crop` < 1 makes up for training crops, which show things larger than the whole frame does:
+        Touvron et al. 2019, arXiv:1906.06423.
+        """
+        height, width = (round(side * self.eval_crop) for side in images.shape[-2:])
+        top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
+        return resize(images[..., top : top + height, left : left + width], self.image_px)
 
     def _boxes(self, place: Tensor, width: int, height: int) -> Tensor:
         if self.scale == (1.0, 1.0):
