@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -55,7 +56,9 @@ class Plain:
         self.val_loader = DataLoader(
             ImageFolder(str(root / "validation"), whole), 2 * BATCH, num_workers=2
         )
-        self.model = timm.create_model("tf_efficientnet_lite0", checkpoint_path=str(weights or ""))
+        self.model: Any = timm.create_model(
+            "tf_efficientnet_lite0", checkpoint_path=str(weights or "")
+        )
         self.model.reset_classifier(len(train.classes))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR, weight_decay=0.05)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
@@ -147,6 +150,9 @@ def ours(config: Config, weights: Path | None) -> Callable[[], None]:
 
 
 def turn(step: Callable[[], None], steps: int) -> float:
+    """Seconds of an update. The first few are not counted: they may find batches that were read during the other's turn."""
+    for _ in range(5):
+        step()
     started = time.perf_counter()
     for _ in range(steps):
         step()
@@ -189,8 +195,6 @@ def main() -> None:
             step = ours(config, asked.weights)
             plain.model.train()
             sides = {"ours": step, "plain": plain.step}
-            for side in sides.values():
-                turn(side, 3)
             rounds = []
             for i in range(asked.rounds):
                 order = ["ours", "plain"] if i % 2 == 0 else ["plain", "ours"]

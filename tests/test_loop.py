@@ -15,7 +15,8 @@ from potstill.config import Augment as AugmentConfig
 from potstill.config import Loop, Optimizer, Schedule
 from potstill.data.augment import Augment
 from potstill.data.batches import Batches
-from potstill.loop import LossNotFinite, Stopped, train
+from potstill.errors import Stopped
+from potstill.loop import LossNotFinite, train
 from potstill.optim import LearningRate, build_optimizer
 from potstill.task import Task, Teacher, build_terms
 
@@ -68,13 +69,12 @@ class LocalSession:
         self.run_dir, self.stop_at, self.die_at, self.step = run_dir, stop_at, die_at, 0
 
     def log(self, record):
-        self.step = record["step"]
         runs.append_records(self.run_dir, [record])
-        if self.die_at is not None and record["kind"] == "step" and self.step >= self.die_at:
+        if self.die_at is not None and record["kind"] == "step" and record["step"] >= self.die_at:
             raise KeyboardInterrupt
 
     def report(self, metrics, snapshot):
-        runs.save_checkpoint(
+        kept = runs.save_checkpoint(
             self.run_dir,
             snapshot.step,
             snapshot.model_state,
@@ -82,12 +82,13 @@ class LocalSession:
             snapshot.meta,
             snapshot.files,
         )
-        runs.prune_checkpoints(self.run_dir)
+        runs.prune_checkpoints(self.run_dir, kept)
 
     def resume_from(self):
         return runs.newest_checkpoint(self.run_dir)
 
     def preempted(self):
+        self.step += 1
         return self.stop_at is not None and self.step >= self.stop_at
 
 
@@ -243,10 +244,39 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path):
     assert [e["epoch"] for e in records(tmp_path / "r", "epoch")] == [1, 2, 3]
 
 
-def test_stopping_saves_and_goes_on(tmp_path):
-    with pytest.raises(Stopped, match="stopped at step 6 and saved"):
-        run(tmp_path / "r", session=LocalSession(tmp_path / "r", stop_at=6), net=_seeded())
-    run(tmp_path / "r", net=_seeded())
+def test_a_validation_loss_that_is_not_finite_stops_too(tmp_path):
+    class BlindInEval(Net):
+        def forward(self, batch):
+            out = super().forward(batch)
+            return out if self.training else {"logits": out["logits"] * float("nan")}
+
+    with pytest.raises(LossNotFinite, match="the validation loss is nan at step 4"):
+        run(tmp_path / "r", net=BlindInEval())
+    assert records(tmp_path / "r", "epoch") == []
+
+
+def test_progress_is_kept_where_newer_checkpoints_are_damaged(tmp_path):
+    """What stands beyond the point that a run goes on from does not push its new checkpoints out."""
+    run(tmp_path / "r", epochs=2, checkpoint_every_steps=3)
+    folders = sorted((tmp_path / "r" / "checkpoints").glob("step-*"))
+    for folder in folders[-2:]:
+        (folder / "state.pt").write_bytes(b"torn")
+    session = LocalSession(tmp_path / "r", stop_at=2)
+    with pytest.raises(Stopped):
+        run(tmp_path / "r", session=session, checkpoint_every_steps=1)
+    newest, passed_over = runs.newest_checkpoint(tmp_path / "r")
+    assert newest is not None
+    assert newest.step == records(tmp_path / "r", "attempt")[1]["step"] + 2
+    assert passed_over == []
+
+
+@pytest.mark.parametrize("stop_at", [5, 8])
+def test_stopping_saves_at_once_and_goes_on(tmp_path, stop_at):
+    """In the middle of an epoch (4 updates) or at its end, whether or not that update is logged."""
+    session = LocalSession(tmp_path / "r", stop_at=stop_at)
+    with pytest.raises(Stopped, match=f"stopped at step {stop_at} and saved"):
+        run(tmp_path / "r", session=session, net=_seeded(), log_every_steps=2)
+    run(tmp_path / "r", net=_seeded(), log_every_steps=2)
     run(tmp_path / "whole", net=_seeded())
     assert same(weights(tmp_path / "r"), weights(tmp_path / "whole"))
 
@@ -330,7 +360,7 @@ def test_distillation_moves_the_student_towards_its_teacher(tmp_path):
             "temperature": 4.0,
         }
     }
-    task, _ = run(
+    run(
         tmp_path / "r",
         terms=terms,
         teachers=[teacher],
@@ -341,7 +371,6 @@ def test_distillation_moves_the_student_towards_its_teacher(tmp_path):
     assert told[-1] < 0.3 * told[0]
     assert same(before, teacher.state_dict())
     assert all(p.grad is None for p in teacher.parameters())
-    assert task.training is False or task.model.norm.training is False
 
 
 def test_predictions_are_kept_with_an_epochs_checkpoint(tmp_path):

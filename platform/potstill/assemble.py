@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers.norm_act import convert_sync_batchnorm
 
 from potstill import runs
 from potstill.config import Config, build, load_run_config
 from potstill.data.augment import Augment
 from potstill.data.batches import Batches
 from potstill.data.cache import Cache, open_cache
+from potstill.errors import UserError
 from potstill.loop import Progress, Session, higher_is_better, train
 from potstill.models.images import TimmModel, freeze
 from potstill.models.weights import init_from, load_run_state
@@ -43,10 +44,22 @@ def load_model(run_dir: Path, which: str = "best") -> tuple[TimmModel, list[str]
     return model, classes, config
 
 
-def load_teacher(run_dir: Path, name: str, classes: Sequence[str]) -> Teacher:
-    """A run as a frozen teacher for these classes. Raises UserError unless it knows the same ones."""
-    model, known, _ = load_model(run_dir)
-    return Teacher(model, name, match_classes(known, classes, str(run_dir)))
+def load_teacher(run_dir: Path, name: str, classes: Sequence[str], px: int) -> Teacher:
+    """A run as a frozen teacher for these classes and images of px x px.
+
+    Raises UserError unless it knows the same classes and takes images of this size.
+    """
+    model, known, config = load_model(run_dir)
+    teacher = Teacher(model, name, match_classes(known, classes, str(run_dir)))
+    try:
+        teacher({"image": torch.zeros(1, 3, px, px)})
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(
+            f"teacher.run: {run_dir.name} was trained on images of {image_px(config)} px and does not take the "
+            f"student's {px} px ({str(error).splitlines()[0]}); set augment.image_px={image_px(config)}, or use a "
+            "teacher that takes any size"
+        ) from None
+    return teacher
 
 
 def train_run(
@@ -56,26 +69,30 @@ def train_run(
     device: torch.device,
     attempt: int,
     findings: Sequence[dict[str, str]],
-) -> tuple[Progress, dict[str, Any]]:
-    """Build what the config names and train it; returns where the run ended and facts about its model.
+) -> Progress:
+    """Build what the config names and train it; returns where the run ended.
 
     `findings` are warnings about the data that were found before; they go into the journal with ours.
     """
     cache = open_cache(cache_dir)
     torch.manual_seed(config.loop.seed)
+    # a run that goes on has its weights from its checkpoint; where they once came from may be gone
+    goes_on = session.resume_from()[0] is not None
+    config.model["pretrained"] = bool(config.model.get("pretrained")) and not goes_on
     model = build_model(config, len(cache.classes))
     notes = []
-    if config.model.get("init_from"):
-        # a run that goes on from a checkpoint has its weights from there; what was taken over stays worth saying
+    if config.model.get("init_from") and not goes_on:
         notes = init_from(model, config.model["init_from"], cache.classes).lines()
     freeze(model, (config.model.get("freeze") or {}).get("all_but_last_blocks"))
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     task = Task(model, build_terms(config.task["terms"]))
     if config.scaling.sync_batchnorm and session.world_size > 1 and device.type == "cuda":
-        task.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(task.model)
+        # torch's own would drop the activation inside timm's BatchNormAct2d
+        task.model = convert_sync_batchnorm(task.model)
     teachers = []
     if config.teacher.run:
-        teachers.append(load_teacher(Path(config.teacher.run), "teacher", cache.classes).to(device))
+        teacher = load_teacher(Path(config.teacher.run), "teacher", cache.classes, image_px(config))
+        teachers.append(teacher.to(device=device, memory_format=torch.channels_last))  # type: ignore[call-overload]
     batches, val_batches = _batches(config, cache, session, device)
     optimizer = build_optimizer(model, set(model.head_parameter_names()), config.optimizer, device)
     learning_rate = LearningRate(
@@ -90,7 +107,7 @@ def train_run(
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
-    progress = train(
+    return train(
         task,
         teachers,
         optimizer,
@@ -109,7 +126,6 @@ def train_run(
         ],
         facts=facts,
     )
-    return progress, facts
 
 
 def _batches(
@@ -161,8 +177,8 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def prepare_process(cpus: int | None, workers_here: int) -> None:
+def prepare_process(cpus: int) -> None:
     """Make this process a fast place to train: its threads (Ray sets OMP_NUM_THREADS to a worker's CPUs,
     which may be fewer than it may use) and its memory."""
     keep_freed_memory()
-    torch.set_num_threads(cpus or max(1, (os.cpu_count() or 1) // max(workers_here, 1)))
+    torch.set_num_threads(cpus)

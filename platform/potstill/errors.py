@@ -1,4 +1,4 @@
-"""The one exception that is shown to a user without a traceback."""
+"""What is shown to a user without a traceback."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,11 @@ class UserError(ValueError):
     The jobs print the message alone and exit with status 2. Anything else that is raised is our own
     mistake and keeps its traceback.
     """
+
+
+class RunFailed(UserError):
+    """A run could not go on (workers lost, a full disk); what it had saved stands."""
+
+
+class Stopped(Exception):
+    """The user asked for the stop; the run has saved where it is. The jobs exit with status 130."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import logging
 import os
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,7 @@ from potstill.config import (
 )
 from potstill.console import EpochPrinter
 from potstill.data.prepare import Plan, check, prepare_shown
-from potstill.errors import UserError
+from potstill.errors import RunFailed, Stopped, UserError
 
 if TYPE_CHECKING:
     from potstill.loop import Snapshot
@@ -43,8 +42,9 @@ POLL_S = 0.1
 def fit(config: Config) -> dict[str, Any]:
     """Train one run, or go on with it, or only read it if it has finished. Returns its summary.
 
-    Raises UserError, before anything expensive starts wherever that is possible.
+    Raises UserError, before anything expensive starts wherever that is possible, and Stopped.
     """
+    _resolve_paths(config)
     run_dir = _run_folder(config)
     if (done := _finished(run_dir)) is not None:
         _refuse_other_config(config, run_dir)
@@ -52,20 +52,31 @@ def fit(config: Config) -> dict[str, Any]:
         _say_summary(done, run_dir)
         return done
     plan = check(config.data, config.cache)
-    _refuse_before_start(config, plan)
+    _refuse_before_start(config, run_dir, plan)
     _refuse_other_config(config, run_dir)
-    _check_model(config, plan)
+    _check_model(config)
     with runs.lock(run_dir):
         prepared = prepare_shown(config.data, config.cache)
+        _refuse_other_data(run_dir, plan, prepared.cache_dir)
         _write_identity(config, run_dir, plan, prepared.report["counts"])
         findings = _seen_before(config, run_dir, prepared.cache_dir)
         return _train(config, run_dir, prepared.cache_dir, findings)
 
 
+def _resolve_paths(config: Config) -> None:
+    """A run must mean the same from any folder."""
+
+    def resolve(path: str | None) -> str | None:
+        return str(Path(path).expanduser().resolve()) if path else path
+
+    config.data.root = resolve(config.data.root)
+    config.teacher.run = resolve(config.teacher.run)
+    config.model["init_from"] = resolve(config.model.get("init_from"))
+
+
 def _run_folder(config: Config) -> Path:
-    base = (
-        config.run.name
-        or f"{config.experiment or 'run'}{'-debug' if config.debug else ''}-{config_hash(config)}"
+    base = config.run.name or "-".join(
+        [config.experiment or "run", *(["debug"] if config.debug else []), config_hash(config)]
     )
     if "/" in base or base.startswith("."):
         raise UserError(
@@ -73,15 +84,9 @@ def _run_folder(config: Config) -> Path:
         )
     root = Path(config.runs.dir).expanduser().absolute()
     folder, n = root / base, 1
-    while config.run.again and (folder / "run.json").exists():
+    while config.run.again and _finished(folder) is not None:
         n += 1
         folder = root / f"{base}-{n}"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"runs.dir must be a folder that can be written, got {config.runs.dir!r} ({error.strerror})"
-        ) from None
     return folder
 
 
@@ -93,42 +98,55 @@ def _finished(run_dir: Path) -> dict[str, Any] | None:
     return None
 
 
+def _has_begun(run_dir: Path) -> bool:
+    """Whether there is something to go on from: a start that failed before that binds nobody."""
+    return (run_dir / "run.json").exists() and any((run_dir / "checkpoints").glob("step-*"))
+
+
 def _refuse_other_config(config: Config, run_dir: Path) -> None:
-    if not (run_dir / "config.yaml").exists():
-        return
-    if differing := differing_keys(load_run_config(run_dir), config):
+    if _has_begun(run_dir) and (differing := differing_keys(load_run_config(run_dir), config)):
         raise UserError(
             f"run.name: {run_dir.name} was started with another config ({'; '.join(differing[:8])}); "
             "give this one another run.name, or the old values"
         )
 
 
-def _refuse_before_start(config: Config, plan: Plan) -> None:
+def _refuse_other_data(run_dir: Path, plan: Plan, cache_dir: Path) -> None:
+    if cache_dir.name != plan.key:
+        raise UserError(f"data.root: {plan.rows.root} changed while it was prepared; start again")
+    if _has_begun(run_dir):
+        began_with = runs.read_json(run_dir / "run.json")["dataset"]["key"]
+        if began_with != plan.key:
+            raise UserError(
+                f"data.root: the files of {plan.rows.root} are not those that {run_dir.name} began with (key "
+                f"{began_with}, now {plan.key}); restore them, or give this run another run.name"
+            )
+
+
+def _refuse_before_start(config: Config, run_dir: Path, plan: Plan) -> None:
     """What the listing of the data is enough to refuse; no torch is imported here."""
-    split = np.asarray(plan.rows.split)
-    training = int((split == "train").sum())
+    training = int((np.asarray(plan.rows.split) == "train").sum())
     if config.loop.batch_size > training:
         raise UserError(
             f"loop.batch_size must be <= the number of training images, got {config.loop.batch_size} for {training} "
             f"images in {plan.rows.root}; set loop.batch_size={min(16, training)} or use more data"
         )
-    source = config.model.get("init_from")
-    if source and not Path(source).expanduser().exists():
+    source = config.model["init_from"]
+    if source and not _has_begun(run_dir) and not Path(source).exists():
         raise UserError(
             f"model.init_from must be a run's folder or a weights file, got {source!r}, which does not exist"
         )
     if config.teacher.run:
         teacher = runs.open_run(config.teacher.run, "teacher.run")
+        runs.best_checkpoint(teacher)
         from potstill.task import match_classes
 
-        match_classes(
-            runs.read_json(teacher / "run.json")["classes"], plan.rows.classes, config.teacher.run
-        )
-        runs.best_checkpoint(teacher)
+        known = runs.read_json(teacher / "run.json")["classes"]
+        match_classes(known, plan.rows.classes, config.teacher.run)
 
 
-def _check_model(config: Config, plan: Plan) -> None:
-    """Name, terms and constructor of the model; imports timm, which takes seconds."""
+def _check_model(config: Config) -> None:
+    """Terms and name of the model; imports timm, which takes seconds."""
     from potstill.models.images import check_name
     from potstill.task import build_terms
 
@@ -137,11 +155,10 @@ def _check_model(config: Config, plan: Plan) -> None:
 
 
 def _write_identity(config: Config, run_dir: Path, plan: Plan, counts: dict[str, int]) -> None:
-    """config.yaml and run.json: once, when the run starts."""
-    if (run_dir / "run.json").exists():
+    """config.yaml and run.json: once, when the run begins."""
+    if _has_begun(run_dir):
         return
     config.run.name = run_dir.name
-    config.data.root = str(plan.rows.root)
     runs.atomic_write(run_dir / "config.yaml", to_yaml(config))
     commit, dirty = _git()
     about = {
@@ -152,13 +169,13 @@ def _write_identity(config: Config, run_dir: Path, plan: Plan, counts: dict[str,
         "dataset": {
             "key": plan.key,
             "dir": str(plan.folder),
-            "root": str(plan.rows.root),
+            "root": config.data.root,
             "counts": counts,
         },
         "git_commit": commit,
         "git_dirty": dirty,
-        "teacher_run": config.teacher.run and str(Path(config.teacher.run).expanduser().resolve()),
-        "init_from": config.model.get("init_from"),
+        "teacher_run": config.teacher.run,
+        "init_from": config.model["init_from"],
         "tags": config.run.tags,
         "config_hash": config_hash(config),
         "versions": {
@@ -193,28 +210,25 @@ def _git() -> tuple[str | None, bool]:
 
 def _seen_before(config: Config, run_dir: Path, cache_dir: Path) -> list[dict[str, str]]:
     """Warn of validation images that a teacher or an init_from was trained on; notes our own training images."""
-    from potstill.data.cache import open_cache
+    from potstill.data.cache import hash_prefixes, open_cache
 
     cache = open_cache(cache_dir)
-    np.save(run_dir / "train_hashes.npy", np.unique(_prefixes(cache.split("train").hashes)))
-    validation = _prefixes(cache.split("val").hashes)
+    ours = np.unique(hash_prefixes(cache.split("train").hashes))
+    runs.atomic_save(run_dir / "train_hashes.npy", ours)
+    validation = hash_prefixes(cache.split("val").hashes)
     found = []
-    for key, source in (
-        ("teacher.run", config.teacher.run),
-        ("model.init_from", config.model.get("init_from")),
-    ):
-        hashes = Path(source or "").expanduser() / "train_hashes.npy"
+    sources = {"teacher.run": config.teacher.run, "model.init_from": config.model["init_from"]}
+    for key, source in sources.items():
+        hashes = Path(source or "") / "train_hashes.npy"
         if source and hashes.exists():
             seen = int(np.isin(validation, np.load(hashes)).sum())
             if seen:
-                message = f"{key} was trained on {seen} of the {len(validation)} validation images: its part in the result is flattered"
+                message = (
+                    f"{key} was trained on {seen} of the {len(validation)} validation images: "
+                    "its part in the result is flattered"
+                )
                 found.append({"name": "validation_seen", "message": message})
     return found
-
-
-def _prefixes(hashes: np.ndarray) -> np.ndarray:
-    """The first 8 bytes of each SHA-256 as a number [N]."""
-    return np.frombuffer(hashes.astype("S32").tobytes(), dtype=np.uint64)[::4]
 
 
 def _train(
@@ -233,16 +247,16 @@ def _train(
         "findings": findings,
     }
     with _follow(run_dir, printer):
-        error = (
-            _train_here(payload)
-            if config.scaling.num_workers == 0
-            else _train_on_workers(config, payload)
-        )
+        if config.scaling.num_workers == 0:
+            error = _train_here(payload)
+        else:
+            error = _train_on_workers(config, payload)
         _end_journal(run_dir, error)
     summary = _summarise(run_dir)
-    runs.write_json(run_dir / "summary.json", summary)
     if summary["epochs"]:
         report.report(run_dir)
+    # last: what is finished is not looked at again
+    runs.write_json(run_dir / "summary.json", summary)
     if aim is not None:
         aim.close()
     if error is not None:
@@ -251,31 +265,38 @@ def _train(
     return summary
 
 
-def _train_here(payload: dict[str, Any]) -> BaseException | None:
-    """Ray Train's local mode: the trainer calls the function in this process.
+@contextlib.contextmanager
+def _stop_on_signals(ask: Callable[[], None]) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks the loop to save and stop; a second one interrupts it."""
+    asked = False
 
-    The first SIGINT or SIGTERM asks the loop to save and stop; a second one interrupts it.
-    """
-    stop = threading.Event()
-
-    def ask(number: int, frame: object) -> None:
-        if stop.is_set():
+    def handle(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
             raise KeyboardInterrupt
-        stop.set()
+        asked = True
         console.say("Saving, then stopping; press Ctrl-C again to stop without saving")
+        ask()
 
     before = {}
     try:
         if threading.current_thread() is threading.main_thread():
-            before = {
-                number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)
-            }
-        _trainer({**payload, "stop": stop}, {"num_workers": 0}, max_failures=0).fit()
-    except (UserError, KeyboardInterrupt) as error:
-        return error
+            before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _train_here(payload: dict[str, Any]) -> BaseException | None:
+    """Ray Train's local mode: the trainer calls the function in this process."""
+    stop = threading.Event()
+    try:
+        with _stop_on_signals(stop.set):
+            cpus = payload["config"]["scaling"]["cpus_per_worker"] or len(os.sched_getaffinity(0))
+            _trainer({**payload, "stop": stop, "cpus": cpus}, {"num_workers": 0}, 0).fit()
+    except (UserError, Stopped, KeyboardInterrupt) as error:
+        return error
     return None
 
 
@@ -289,35 +310,52 @@ def _train_on_workers(config: Config, payload: dict[str, Any]) -> BaseException 
 
     scaling = _scaling(config, ray.cluster_resources())
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    scribe: Any = (
-        ray.remote(_Scribe).options(num_cpus=0, scheduling_strategy=here).remote(payload["run_dir"])
-    )
+    # concurrent calls: asking to stop must not wait behind a record
+    options = {"num_cpus": 0, "scheduling_strategy": here, "max_concurrency": 2}
+    scribe: Any = ray.remote(_Scribe).options(**options).remote(payload["run_dir"])
+    payload = {**payload, "scribe": scribe, "cpus": scaling["resources_per_worker"]["CPU"]}
+    outcome: list[BaseException | None] = []
+
+    def train() -> None:
+        try:
+            _trainer(payload, scaling, config.scaling.max_failures).fit()
+            outcome.append(None)
+        except BaseException as error:
+            outcome.append(error)
+
+    # in the main thread Ray would put its own handler in the place of ours, which ends the process
+    thread = threading.Thread(target=train, name="ray-train", daemon=True)
     try:
-        _trainer({**payload, "scribe": scribe}, scaling, config.scaling.max_failures).fit()
+        with _stop_on_signals(lambda: scribe.ask_to_stop.remote()):
+            thread.start()
+            while thread.is_alive():
+                thread.join(POLL_S)
     except KeyboardInterrupt as error:
         return error
-    except ray.train.TrainingFailedError as error:
-        causes = getattr(error, "worker_failures", None) or {}
-        lines = [
-            f"worker {rank}: {str(cause).strip().splitlines()[-1]}"
-            for rank, cause in sorted(causes.items())
-        ]
-        return RunFailed(
-            f"{'; '.join(lines) or error}. The same command goes on from the last checkpoint; "
-            "Ray's logs are in /tmp/ray/session_latest/logs/train"
-        )
     finally:
         ray.kill(scribe)
-    refused = [
-        r
-        for r in runs.read_journal(Path(payload["run_dir"]))
-        if r["kind"] == "end" and r["status"] == "failed"
+    if (error := outcome[0]) is not None:
+        return _failure(error)
+    ends = [r for r in runs.read_journal(Path(payload["run_dir"])) if r["kind"] == "end"]
+    kinds = {"failed": UserError, "stopped": Stopped}
+    return kinds[ends[-1]["status"]](ends[-1]["reason"]) if ends[-1]["status"] in kinds else None
+
+
+def _failure(error: BaseException) -> BaseException:
+    """What is left of Ray's TrainingFailedError for a user; anything else stays as it is."""
+    import ray.train
+
+    if not isinstance(error, ray.train.TrainingFailedError):
+        return error
+    causes = getattr(error, "worker_failures", None) or {}
+    lines = [
+        f"worker {r}: {(str(c).strip().splitlines() or ['?'])[-1]}"
+        for r, c in sorted(causes.items())
     ]
-    return UserError(refused[-1]["reason"]) if refused else None
-
-
-class RunFailed(RuntimeError):
-    """Workers were lost more often than scaling.max_failures allows, or raised what is no user's mistake."""
+    return RunFailed(
+        f"training failed: {'; '.join(lines) or error}. The same command goes on from the last checkpoint; "
+        "Ray's logs are in /tmp/ray/session_latest/logs/train"
+    )
 
 
 def _scaling(config: Config, resources: Mapping[str, float]) -> dict[str, Any]:
@@ -381,7 +419,7 @@ def _follow(run_dir: Path, printer: EpochPrinter) -> Iterator[None]:
                     rest += file.read()
                     position = file.tell()
                 *lines, rest = rest.split(b"\n")
-                records = [json.loads(line) for line in lines if line]
+                records = runs.parse_lines(lines)
                 if any(r["kind"] in ("epoch", "attempt") for r in records):
                     report.write_history(run_dir)
                 for record in records:
@@ -407,7 +445,7 @@ def _end_journal(run_dir: Path, error: BaseException | None) -> None:
     if any(r["kind"] == "end" for r in raw) or not attempt:
         return
     step = max((r["step"] for r in raw if r["kind"] == "checkpoint"), default=0)
-    stopped = error is None or isinstance(error, KeyboardInterrupt)
+    stopped = error is None or isinstance(error, KeyboardInterrupt | Stopped)
     record = {"kind": "end", "attempt": attempt, "step": step, "time": time.time(), "best": None}
     record |= {
         "status": "stopped" if stopped else "failed",
@@ -435,26 +473,20 @@ def _summarise(run_dir: Path) -> dict[str, Any]:
         "best_metrics": {k: best[k] for k in runs.HISTORY_KEYS} if best else None,
         "parameters": attempts[-1]["parameters"] if attempts else None,
         "model_file_mb": None,
-        "seconds": sum(r["seconds"] for r in epochs),
+        "seconds": epochs[-1]["total_seconds"] if epochs else 0.0,
         "top_k": epochs[-1]["top_k"] if epochs else None,
         "warnings": [w for r in epochs for w in r["warnings"]] + _data_warnings(records),
     }
-    if best:
-        with contextlib.suppress(UserError):
-            checkpoint = runs.best_checkpoint(run_dir)
-            summary["model_file_mb"] = (
-                checkpoint.folder / "model.safetensors"
-            ).stat().st_size / 1e6
+    if best:  # all checkpoints of a run hold the same tensors
+        files = sorted((run_dir / "checkpoints").glob("step-*/model.safetensors"))
+        summary["model_file_mb"] = files[-1].stat().st_size / 1e6 if files else 0.0
     return summary
 
 
 def _data_warnings(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    found = {
-        r["name"]: {"name": r["name"], "message": r["message"]}
-        for r in records
-        if r["kind"] == "warning"
-    }
-    return list(found.values())
+    """Those that every attempt says anew stand here once."""
+    found = [{k: r[k] for k in ("name", "message")} for r in records if r["kind"] == "warning"]
+    return [w for i, w in enumerate(found) if w not in found[:i]]
 
 
 def _say_summary(summary: dict[str, Any], run_dir: Path) -> None:
@@ -469,13 +501,20 @@ def _say_summary(summary: dict[str, Any], run_dir: Path) -> None:
 
 # ----------------------------------------------------------------------------------------- the workers
 class _Scribe:
-    """The journal's one writer, on the driver's node."""
+    """The journal's one writer, on the driver's node; it also hands on the wish to stop."""
 
     def __init__(self, run_dir: str) -> None:
         self.run_dir = Path(run_dir)
+        self.stopping = False
 
     def append(self, records: list[dict[str, Any]]) -> None:
         runs.append_records(self.run_dir, records)
+
+    def ask_to_stop(self) -> None:
+        self.stopping = True
+
+    def asked_to_stop(self) -> bool:
+        return self.stopping
 
 
 def _work(payload: dict[str, Any]) -> None:
@@ -484,50 +523,40 @@ def _work(payload: dict[str, Any]) -> None:
     from ray.train import get_context
 
     from potstill.assemble import prepare_process, train_run
-    from potstill.loop import Stopped
 
     config: Config = from_dict(Config, payload["config"])
     run_dir = Path(payload["run_dir"])
     context = get_context()
     session = _RaySession(run_dir, context.get_world_rank(), context.get_world_size(), payload)
-    if session.in_process:
-        on_gpu = torch.cuda.is_available() and config.scaling.use_gpu is not False
-        if config.scaling.use_gpu and not on_gpu:
-            raise UserError(
-                "scaling.use_gpu must be false or null on a machine without a GPU, got true"
-            )
-        device = torch.device("cuda:0" if on_gpu else "cpu")
-        prepare_process(config.scaling.cpus_per_worker, 1)
-    else:
-        from ray.train.torch import get_device
-
-        device = get_device()
-        prepare_process(config.scaling.cpus_per_worker, context.get_local_world_size())
-    attempt = 1 + runs.last_attempt(run_dir)
+    session.attempt = 1 + runs.last_attempt(run_dir)
+    prepare_process(payload["cpus"])
     try:
-        progress, _ = train_run(
-            config, Path(payload["cache_dir"]), session, device, attempt, payload["findings"]
+        if session.in_process:
+            on_gpu = torch.cuda.is_available() and config.scaling.use_gpu is not False
+            if config.scaling.use_gpu and not on_gpu:
+                raise UserError(
+                    "scaling.use_gpu must be false or null on a machine without a GPU, got true"
+                )
+            device = torch.device("cuda:0" if on_gpu else "cpu")
+        else:
+            from ray.train.torch import get_device
+
+            device = get_device()
+        cache_dir = Path(payload["cache_dir"])
+        progress = train_run(
+            config, cache_dir, session, device, session.attempt, payload["findings"]
         )
         early = progress.epoch < config.loop.epochs
-        why = (
-            f"{config.loop.monitor} has not improved for {config.loop.patience} epochs"
-            if early
-            else ""
-        )
-        session.end(
-            attempt, progress.step, "stopped_early" if early else "finished", why, progress.best
-        )
-    except Stopped as error:
-        session.end(attempt, session.step, "stopped", str(error), None)
-        if session.in_process:
-            raise
-    except UserError as error:
-        session.end(attempt, session.step, "failed", str(error), None)
+        why = f"{config.loop.monitor} has not improved for {config.loop.patience} epochs"
+        status = "stopped_early" if early else "finished"
+        session.end(status, why if early else "", progress.best)
+    except (Stopped, UserError) as error:
+        session.end("stopped" if isinstance(error, Stopped) else "failed", str(error), None)
         if session.in_process:
             raise
     except Exception as error:
         if not session.in_process:  # Ray replaces the workers; nobody would hear why
-            session.tell_failure(attempt, error)
+            session.tell_failure(error)
         raise
 
 
@@ -536,12 +565,13 @@ class _RaySession:
 
     def __init__(self, run_dir: Path, rank: int, world_size: int, payload: dict[str, Any]) -> None:
         self.run_dir, self.rank, self.world_size = run_dir, rank, world_size
-        self.step = 0
+        self.attempt, self.step = 1, 0
         self._scribe = payload.get("scribe")
         self._stop: threading.Event | None = payload.get("stop")
         self.in_process = self._scribe is None
         self._records: list[dict[str, Any]] = []
         self._flushed = time.monotonic()
+        self._asked = 0
 
     def log(self, record: dict[str, Any]) -> None:
         self.step = record["step"]
@@ -565,38 +595,63 @@ class _RaySession:
 
         checkpoint = None
         if self.rank == 0:
-            kept = runs.save_checkpoint(
-                self.run_dir,
-                snapshot.step,
-                snapshot.model_state,
-                snapshot.state,
-                snapshot.meta,
-                snapshot.files,
-            )
-            runs.prune_checkpoints(self.run_dir)
-            checkpoint = ray.train.Checkpoint.from_directory(kept.folder)
+            self._flush()  # the journal must not lack what lies before a checkpoint
+            checkpoint = ray.train.Checkpoint.from_directory(self._keep(snapshot).folder)
         numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
         ray.train.report(
             numbers, checkpoint, checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD
         )
 
+    def _keep(self, snapshot: Snapshot) -> Checkpoint:
+        s = snapshot
+        try:
+            kept = runs.save_checkpoint(
+                self.run_dir, s.step, s.model_state, s.state, s.meta, s.files
+            )
+        except OSError as error:
+            raise RunFailed(
+                f"runs.dir: the checkpoint of step {s.step} could not be written to {self.run_dir} "
+                f"({error.strerror}); make room there, and the same command goes on from the one before"
+            ) from None
+        runs.prune_checkpoints(self.run_dir, kept)
+        return kept
+
     def resume_from(self) -> tuple[Checkpoint | None, list[str]]:
-        return runs.newest_checkpoint(self.run_dir)
+        """Rank 0 looks, so that all ranks start from the same one. Collective."""
+        found = runs.newest_checkpoint(self.run_dir) if self.rank == 0 else (None, [])
+        if self.world_size == 1:
+            return found
+        import torch.distributed as dist
+
+        told: list[Any] = [found]
+        dist.broadcast_object_list(told)
+        return told[0]
 
     def preempted(self) -> bool:
-        return self._stop is not None and self._stop.is_set()
+        """Asked in every update; on workers, which must agree, the driver is asked in every tenth."""
+        if self._scribe is None:
+            return self._stop is not None and self._stop.is_set()
+        self._asked += 1
+        if self._asked % 10:
+            return False
+        import ray
+        import torch.distributed as dist
 
-    def end(
-        self, attempt: int, step: int, status: str, reason: str, best: dict[str, Any] | None
-    ) -> None:
-        self.log(
-            {
-                "kind": "end",
-                "attempt": attempt,
-                "step": step,
-                "time": time.time(),
-                "status": status,
-                "reason": reason,
-                "best": best,
-            }
-        )
+        told: list[Any] = [self.rank == 0 and ray.get(self._scribe.asked_to_stop.remote())]
+        if self.world_size > 1:
+            dist.broadcast_object_list(told)
+        return told[0]
+
+    def tell_failure(self, error: Exception) -> None:
+        """From any rank: the one that failed may not be the first."""
+        first_line = (str(error).strip().splitlines() or ["?"])[0]
+        message = f"worker {self.rank} failed: {type(error).__name__}: {first_line[:300]}"
+        self._records.append(self._record("warning", name="worker_failed", message=message))
+        self._flush()
+
+    def end(self, status: str, reason: str, best: dict[str, Any] | None) -> None:
+        self.log(self._record("end", status=status, reason=reason, best=best))
+
+    def _record(self, kind: str, **values: Any) -> dict[str, Any]:
+        about = {"kind": kind, "attempt": self.attempt, "step": self.step, "time": time.time()}
+        return {**about, **values}

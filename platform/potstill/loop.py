@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from potstill.config import Loop
 from potstill.data.augment import Augment
 from potstill.data.batches import Batches, micro_batches
-from potstill.errors import UserError
+from potstill.errors import Stopped, UserError
 from potstill.metrics import Meter, Predictions, evaluate, top_k
 from potstill.optim import LearningRate
 from potstill.runs import Checkpoint
@@ -71,10 +71,6 @@ class Session(Protocol):
 
 class LossNotFinite(UserError):
     """The loss became NaN or infinite."""
-
-
-class Stopped(UserError):
-    """The run was asked to stop; it has saved where it is."""
 
 
 @dataclass
@@ -128,7 +124,7 @@ def train(
     also carries `facts`. Every epoch ends with an evaluation, a record and a checkpoint. Raises LossNotFinite (the last good
     checkpoint stands) and Stopped.
     """
-    training = _Training(
+    return _Training(
         task,
         teachers,
         optimizer,
@@ -141,46 +137,32 @@ def train(
         device,
         classes,
         attempt,
-    )
-    return training.run(opening, facts or {})
+    ).run(opening, facts or {})
 
 
+@dataclass
 class _Training:
-    def __init__(
-        self,
-        task,
-        teachers,
-        optimizer,
-        learning_rate,
-        batches,
-        val_batches,
-        augment,
-        cfg,
-        session,
-        device,
-        classes,
-        attempt,
-    ) -> None:
-        self.task: Task = task
-        self.teachers: Sequence[Teacher] = teachers
-        self.optimizer: torch.optim.Optimizer = optimizer
-        self.learning_rate: LearningRate = learning_rate
-        self.batches: Batches = batches
-        self.val_batches: Batches = val_batches
-        self.augment: Augment = augment
-        self.cfg: Loop = cfg
-        self.session: Session = session
-        self.device: torch.device = device
-        self.classes: Sequence[str] = classes
-        self.attempt: int = attempt
-        self.autocast = autocast_of(cfg.precision, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+    task: Task
+    teachers: Sequence[Teacher]
+    optimizer: torch.optim.Optimizer
+    learning_rate: LearningRate
+    batches: Batches
+    val_batches: Batches
+    augment: Augment
+    cfg: Loop
+    session: Session
+    device: torch.device
+    classes: Sequence[str]
+    attempt: int = 1
+
+    def __post_init__(self) -> None:
+        self.autocast = autocast_of(self.cfg.precision, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.cfg.precision == "fp16")
         self.at = Progress()
         self.meter = self._new_meter()
-        self.forward: nn.Module = task
-        self._window = torch.zeros(
-            2, dtype=torch.float64, device=device
-        )  # sum and weight of the loss since the last log
+        self.forward: nn.Module = self.task
+        # sum and weight of the loss since the last log
+        self._window = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._clock = 0.0
 
     def _new_meter(self) -> Meter:
@@ -207,7 +189,7 @@ class _Training:
     def _train_epoch(self) -> None:
         at, cfg = self.at, self.cfg
         self.task.train()
-        lr, images, counted_from = 0.0, 0, at.epoch_step
+        lr, images, counted_from, stopping = 0.0, 0, at.epoch_step, False
         started = window_started = self._clock = time.perf_counter()
         window_images = 0
         for batch in self.batches.epoch(at.epoch, at.epoch_step):
@@ -230,15 +212,20 @@ class _Training:
                 if self.scaler.is_enabled():
                     values["loss_scale"] = self.scaler.get_scale()
                 self._log("step", **values)
-                if not last and self.session.preempted():
-                    self._save_within_epoch()
-                    raise Stopped(
-                        f"stopped at step {at.step} and saved; the same command goes on from here"
-                    )
-            if not last and at.step % cfg.checkpoint_every_steps == 0:
+            stopping = self.session.preempted()
+            if not last and (stopping or at.step % cfg.checkpoint_every_steps == 0):
                 self._save_within_epoch()
+            if stopping and not last:
+                self._stop()
         train_seconds = time.perf_counter() - started
         self._finish_epoch(lr, started, images / train_seconds, at.epoch_step - counted_from)
+        if stopping and at.epoch < cfg.epochs:
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        raise Stopped(
+            f"stopped at step {self.at.step} and saved; the same command goes on from here"
+        )
 
     def _finish_epoch(
         self, lr: float, started: float, images_per_s: float, steps_done: int
@@ -247,6 +234,8 @@ class _Training:
         trained = self.meter.compute()
         self._refuse_bad_weights()
         measured, found = self._evaluate()
+        if not math.isfinite(measured["loss"]):
+            self._refuse(f"the validation loss is {measured['loss']}")
         seconds = time.perf_counter() - started
         self._tick()
         record = {
@@ -268,6 +257,7 @@ class _Training:
                 for t in self.task.terms
             },
             "seconds": seconds,
+            "total_seconds": at.seconds,
             "images_per_s": images_per_s,
             "seconds_left": (cfg.epochs - at.epoch - 1)
             * seconds
@@ -356,26 +346,32 @@ class _Training:
     def _predict(self, batch: dict[str, Tensor]) -> Tensor:
         return self.task.model(batch)["logits"]
 
-    def _val_batches(self) -> Iterator[dict[str, Tensor]]:
+    def _val_batches(self) -> Iterator[tuple[dict[str, Tensor], bool]]:
         for batch in self.val_batches.epoch(0):
+            padded = not bool(batch["weight"].all())
             batch = self._to_device(batch)
             batch["image"] = self.augment.eval(batch["image"])
-            yield batch
+            yield batch, padded
 
     # ---------------------------------------------------------------------------- what must be finite
     def _window_loss(self) -> float:
         """The mean loss of all ranks since the last call. Collective; raises LossNotFinite on every rank alike."""
-        if self.session.world_size > 1:
-            dist.all_reduce(self._window)
-        total, weight = self._window.tolist()
+        total, weight = self._whole_window().tolist()
         self._window.zero_()
         loss = total / weight if weight else 0.0
         if not math.isfinite(loss):
             self._refuse(f"the training loss is {loss}")
         return loss
 
+    def _whole_window(self) -> Tensor:
+        window = self._window.clone()
+        if self.session.world_size > 1:
+            dist.all_reduce(window)
+        return window
+
     def _refuse_bad_weights(self) -> None:
-        finite = torch.stack([p.detach().isfinite().all() for p in self.task.parameters()]).all()
+        state = self.task.state_dict().values()
+        finite = torch.stack([v.isfinite().all() for v in state if v.is_floating_point()]).all()
         if not bool(finite):
             self._refuse("weights are NaN or infinite")
 
@@ -390,11 +386,14 @@ class _Training:
     # ----------------------------------------------------------------------------------- checkpoints
     def _share_buffers(self) -> None:
         """Let every rank have the mean of the batch statistics."""
-        if self.session.world_size > 1:
-            for buffer in self.task.buffers():
-                if buffer.is_floating_point():
-                    dist.all_reduce(buffer)
-                    buffer /= self.session.world_size
+        if self.session.world_size == 1:
+            return
+        for module in self.task.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+                for statistic in (module.running_mean, module.running_var):
+                    if statistic is not None:
+                        dist.all_reduce(statistic)
+                        statistic /= self.session.world_size
 
     def _tick(self) -> None:
         now = time.perf_counter()
@@ -416,6 +415,7 @@ class _Training:
             "scaler": self.scaler.state_dict(),
             "progress": vars(at),
             "meter": self.meter.state(),
+            "window": self._whole_window().cpu(),
         }
         meta = {
             "epoch": at.epoch,
@@ -439,6 +439,8 @@ class _Training:
             self.scaler.load_state_dict(state["scaler"])
             self.at = Progress(**state["progress"])
             self.meter.load_state(state["meter"], self.session.rank)
+            if self.session.rank == 0:
+                self._window.copy_(state["window"])
         self._log(
             "attempt",
             epoch=self.at.epoch,

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
-
-from potstill.losses import cross_entropy
 
 
 def top_k(num_classes: int) -> int:
@@ -142,31 +141,28 @@ class Predictions:
 @torch.inference_mode()
 def evaluate(
     predict: Callable[[dict[str, Tensor]], Tensor],
-    batches: Iterable[dict[str, Tensor]],
+    batches: Iterable[tuple[dict[str, Tensor], bool]],
     num_classes: int,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
 ) -> tuple[dict[str, float], Predictions]:
-    """Run `predict(batch) -> logits [B,K]` over a split.
+    """Run `predict(batch) -> logits [B,K]` over a split. `batches`: (batch on the device, whether it is padded).
 
     Returns loss (cross-entropy without smoothing, so that every model is measured by the same), top1_acc,
     top5_acc, macro_f1 (percent), and the predictions of all ranks. Collective.
     """
     meter = Meter(num_classes, device, macro_f1=True)
     columns: list[tuple[Tensor, ...]] = []
-    for batch in batches:
+    for batch, padded in batches:
         weight_B = batch["weight"]
-        padded = not bool(weight_B.all())
         with autocast():
             logits_BK = predict(batch).float()
-        loss_B = cross_entropy(logits_BK, batch["label"])
+        loss_B = F.cross_entropy(logits_BK, batch["label"], reduction="none")
         meter.update_mean("loss", loss_B, weight_B)
         meter.update_classified(logits_BK, batch["label"], weight_B, padded)
         confidence_B, prediction_B = logits_BK.softmax(dim=1).max(dim=1)
-        real = weight_B > 0
-        columns.append(
-            tuple(c[real] for c in (batch["id"], batch["label"], prediction_B, confidence_B))
-        )
+        said = (batch["id"], batch["label"], prediction_B, confidence_B)
+        columns.append(tuple(c[weight_B > 0] for c in said) if padded else said)
     joined = [torch.cat(c).cpu().numpy() for c in zip(*columns, strict=True)] if columns else []
     joined = _gather(joined)
     order = np.argsort(joined[0], kind="stable")
@@ -183,32 +179,3 @@ def _gather(columns: list[np.ndarray]) -> list[np.ndarray]:
     parts: list[list[np.ndarray]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, columns)
     return [np.concatenate(c) for c in zip(*(p for p in parts if p), strict=True)]
-
-
-def per_class(found: Predictions, classes: list[str]) -> list[dict[str, Any]]:
-    """Precision, recall and F1 (percent) and the number of samples of each class, in class order."""
-    from torchmetrics.functional.classification import (
-        multiclass_f1_score,
-        multiclass_precision,
-        multiclass_recall,
-    )
-
-    prediction, label = (
-        torch.from_numpy(found.prediction).long(),
-        torch.from_numpy(found.label).long(),
-    )
-    options: dict[str, Any] = {"num_classes": len(classes), "average": "none"}
-    scores = {
-        "precision": multiclass_precision(prediction, label, **options),
-        "recall": multiclass_recall(prediction, label, **options),
-        "f1": multiclass_f1_score(prediction, label, **options),
-    }
-    support = np.bincount(found.label, minlength=len(classes))
-    return [
-        {
-            "class": name,
-            "support": int(support[k]),
-            **{s: 100.0 * float(v[k]) for s, v in scores.items()},
-        }
-        for k, name in enumerate(classes)
-    ]

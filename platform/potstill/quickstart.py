@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import numpy as np
 from potstill import console
 from potstill.compare import comparison
 from potstill.config import Config, QuickstartConfig, compose
+from potstill.data.prepare import prepare_shown, print_report
 from potstill.errors import UserError
+from potstill.runs import atomic_write
 
 
-def write_digits(root: Path, per_class: int | None = None) -> Path:
+def write_digits(root: Path) -> Path:
     """Write scikit-learn's 1,797 digits (8 x 8 grey levels) as PNGs in class folders; what is there stays.
 
     Returns `root`. UCI optical recognition of handwritten digits, Alpaydin & Kaynak 1998.
@@ -23,16 +26,13 @@ def write_digits(root: Path, per_class: int | None = None) -> Path:
     from sklearn.datasets import load_digits
 
     digits: Any = load_digits()
-    written = dict.fromkeys(range(10), 0)
     for i, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        if per_class is not None and written[int(label)] >= per_class:
-            continue
-        written[int(label)] += 1
         path = root / str(label) / f"{i:04d}.png"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             # 17 grey levels, 0 to 16
-            Image.fromarray((image * 255 / 16).round().astype(np.uint8)).save(path)
+            buffer = io.BytesIO()
+            Image.fromarray((image * 255 / 16).round().astype(np.uint8)).save(buffer, "png")
+            atomic_write(path, buffer.getvalue())
     return root
 
 
@@ -47,7 +47,9 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         raise UserError(f"seeds must be different numbers, at least one, got {config.seeds}")
     began = time.monotonic()
     root = write_digits(Path(config.data_dir).expanduser())
-    console.say(f"Digits: {root}")
+    console.say("Prepare", "bold underline")
+    data = _compose(config, "digits_teacher", f"data.root={root}").data
+    print_report(prepare_shown(data, config.cache).report, console.standard())
 
     def run(experiment: str, seed: int, *overrides: str) -> dict[str, Any]:
         return fit(

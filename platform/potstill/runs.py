@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from potstill.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 HISTORY_KEYS = (
@@ -66,6 +67,15 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def atomic_save(path: Path, array: np.ndarray) -> None:
+    """`numpy.save`, all or nothing."""
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    atomic_write(path, buffer.getvalue())
 
 
 def file_sha256(path: Path) -> str:
@@ -113,12 +123,7 @@ def read_journal(run_dir: Path) -> list[Record]:
     path = run_dir / "journal.jsonl"
     if not path.exists():
         return []
-    records = []
-    for line in path.read_text(errors="replace").splitlines():
-        with suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            if isinstance(record, dict) and "kind" in record:
-                records.append(record)
+    records = parse_lines(path.read_bytes().splitlines())
     starts = {r["attempt"]: r["step"] for r in records if r["kind"] == "attempt"}
     taken_over: dict[int, float] = {}
     limit = math.inf
@@ -133,6 +138,17 @@ def read_journal(run_dir: Path) -> list[Record]:
     # an earlier attempt's end (it failed, or was stopped) is no longer how the run ended
     last = max(starts, default=0)
     return [r for r in kept if r["kind"] != "end" or r["attempt"] == last]
+
+
+def parse_lines(lines: Iterable[bytes]) -> list[Record]:
+    """The records of whole lines of a journal; a torn one is left out."""
+    records = []
+    for line in lines:
+        with suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and "kind" in record:
+                records.append(record)
+    return records
 
 
 def last_attempt(run_dir: Path) -> int:
@@ -153,8 +169,13 @@ def lock(run_dir: Path) -> Iterator[None]:
 
     Raises UserError if another process holds it.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    handle = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(
+            f"runs.dir must be a folder that can be written, got {str(run_dir.parent)!r} ({error.strerror})"
+        ) from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -319,15 +340,18 @@ def pick_checkpoint(run_dir: Path, which: str) -> Checkpoint:
     return found
 
 
-def prune_checkpoints(run_dir: Path, keep_newest: int = 2) -> None:
-    """Remove all but the newest ones and the best one; leftovers of interrupted writes go too."""
+def prune_checkpoints(run_dir: Path, newest: Checkpoint, keep_newest: int = 2) -> None:
+    """Remove all but `newest`, the one before it, and the best one that it names.
+
+    What stands beyond `newest` is damaged, or of a future that was given up: it goes too, and so do
+    leftovers of interrupted writes.
+    """
     root = run_dir / "checkpoints"
-    folders = sorted(root.glob("step-*"), reverse=True)
+    folders = sorted((f for f in root.glob("step-*") if f.name <= newest.folder.name), reverse=True)
     keep = {f.name for f in folders[:keep_newest]}
-    for folder in folders[:keep_newest]:
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            keep.add(read_json(folder / "meta.json")["best"]["folder"])
-    for folder in folders:
+    if best := newest.meta.get("best"):
+        keep.add(best["folder"])
+    for folder in root.glob("step-*"):
         if folder.name not in keep:
             shutil.rmtree(folder, ignore_errors=True)
     for leftover in root.glob(".step-*.tmp"):

@@ -246,3 +246,8 @@ def _values(batch: pa.RecordBatch, name: str, kind: np.dtype) -> np.ndarray:
 
 def _reopen_split(cache: Cache, name: str) -> SplitReader:
     return cache.split(name)
+
+
+def hash_prefixes(hashes: np.ndarray) -> np.ndarray:
+    """The first 8 bytes of each SHA-256 (S32 [N]) as numbers [N] uint64: enough to know an image again."""
+    return np.frombuffer(hashes.astype("S32").tobytes(), dtype=np.uint64)[::4]
