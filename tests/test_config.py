@@ -6,7 +6,7 @@ import yaml
 
 from potstill import config
 from potstill.config import Config, compose, config_hash, differing_keys, from_dict, to_dict
-from potstill.errors import UserError
+from potstill.errors import Stopped, UserError
 
 EXPERIMENTS = sorted(p.stem for p in (config.CONF_DIR / "experiment").glob("*.yaml"))
 
@@ -39,11 +39,176 @@ EXPERIMENTS = sorted(p.stem for p in (config.CONF_DIR / "experiment").glob("*.ya
         ("task.terms.task.weight=-1", r"task\.terms\.task\.weight must be a number >= 0, got -1"),
         ("model._target_=os.system", r"model\._target_ must be one of timm, got 'os\.system'"),
         ("just-a-word", r"an argument must be key=value, got 'just-a-word'"),
+        ("loop.epochs=(3", r"loop\.epochs=\(3 was refused"),
+        ("data.classes=[]", r"data\.classes must name at least one class, got \[\]; null takes"),
+        ("loop.seed=-1", r"loop\.seed must be >= 0, got -1"),
+        ("data.split.seed=-1", r"data\.split\.seed must be >= 0, got -1"),
+        (
+            "optimizer.betas=[0.9]",
+            r"optimizer\.betas must be two numbers >= 0 and < 1, got \[0\.9\]",
+        ),
+        ("optimizer.betas=[0.9,1]", r"optimizer\.betas must be two numbers >= 0 and < 1, got"),
+        ("optimizer.betas=[-0.1,0.9]", r"optimizer\.betas must be two numbers >= 0 and < 1, got"),
+        ("model=null", r"model must be one of timm, got 'null'"),
+        ("model=5", r"model must be one of timm, got '5'"),
+        ("~model", r"model must be a mapping with _target_ and name, got \{\}; use model=timm"),
+        ("model.name=null", r"model\.name must be text, got null; such as"),
+        ("model.pretrained=maybe", r"model\.pretrained must be true or false, got 'maybe'"),
+        (
+            "model.drop_path=1.0",
+            r"model\.drop_path must be null or a number >= 0 and < 1, got 1\.0",
+        ),
+        (
+            "model.drop_path=much",
+            r"model\.drop_path must be null or a number >= 0 and < 1, got 'much'",
+        ),
+        ("model.kwargs=5", r"model\.kwargs must be null or a mapping, got 5"),
+        (
+            "model.freeze=1",
+            r"model\.freeze must be .*got 1; use model\.freeze\.all_but_last_blocks=",
+        ),
+        (
+            "model.freeze.all_but_last_blocks=-1",
+            r"all_but_last_blocks must be .*integer >= 0, got -1",
+        ),
+        (
+            "model.freeze.all_but_last_blocks=1.5",
+            r"all_but_last_blocks must be .*integer >= 0, got 1",
+        ),
+        ("model.freeze.all_but_last_blocks=true", r"must be null or an integer >= 0, got true"),
+        ("task=null", r"task must be one of classify, distil, got 'null'"),
+        ("~task", r"task must be a mapping of terms, .*got \{\}; use task=classify"),
+        (
+            "task.terms=5",
+            r"task\.terms must be a mapping .*, got 5; use task=classify or task=distil",
+        ),
+        ("task.terms=null", r"task\.terms must be a mapping .*, got null; use task=classify"),
+        (
+            "task.terms.task=5",
+            r"task\.terms\.task must be a mapping with loss and inputs, got 5; add",
+        ),
+        (
+            "task.terms.more={weight: 1}",
+            r"task\.terms\.more must be a mapping with loss and inputs",
+        ),
+        ("task.terms.task.loss=null", r"task\.terms\.task\.loss must be text, got null"),
+        ("task.terms.task.inputs=5", r"task\.terms\.task\.inputs must be a list of names, got 5"),
+        ("task.terms.task.inputs=logits", r"inputs must be a list of names, got 'logits'"),
+        (
+            "task.terms.task.inputs=[logits,3]",
+            r"inputs must be a list of names, got \['logits', 3\]",
+        ),
+        (
+            "task.terms.task.weight=true",
+            r"task\.terms\.task\.weight must be a number >= 0, got true",
+        ),
+        (
+            "task.terms.task.label_smoothing=1.5",
+            r"label_smoothing must be a number >= 0 and <= 1, got 1\.5",
+        ),
+        (
+            "task.terms.task.label_smoothing=null",
+            r"label_smoothing must be a number >= 0 and <= 1, got null",
+        ),
+        (
+            "task.terms.task.temperature=0",
+            r"task\.terms\.task\.temperature must be a number > 0, got 0",
+        ),
     ],
 )
 def test_mistakes_are_refused_by_key_rule_value_and_remedy(override, says):
     with pytest.raises(UserError, match=says):
         compose("train", [override])
+
+
+@pytest.mark.parametrize(
+    ("yaml_text", "says"),
+    [
+        ("model: {init_from: 5}", r"model\.init_from must be null or text, got 5"),
+        (
+            "model: {freeze: {all_but_last: 2}}",
+            r"model\.freeze must be .*got \{.*'all_but_last': 2",
+        ),
+        ("task: {weight: 2}", r"task must be a mapping of terms, and of nothing else"),
+        ("task: {terms: {a.b: {loss: kl, inputs: []}}}", r"task\.terms must be .*no dots in names"),
+    ],
+)
+def test_mistakes_in_a_file_are_refused_too(yaml_text, says, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{yaml_text}\n")
+    with pytest.raises(UserError, match=says):
+        compose("train", ["experiment=mine"], str(tmp_path))
+
+
+@pytest.mark.parametrize("split", ["loop.micro_batch_size=8", "loop.accumulate=2"])
+def test_batchnorm_over_workers_needs_whole_updates(split):
+    key, _, value = split.partition("=")
+    with pytest.raises(
+        UserError,
+        match=rf"scaling\.sync_batchnorm must be false where {key} is set, got true and {value}",
+    ):
+        compose("train", ["scaling.sync_batchnorm=true", split])
+    assert compose("train", ["scaling.sync_batchnorm=true"]).scaling.sync_batchnorm
+
+
+ODD = [
+    "a (b), c=d#e'f [g]",
+    "{x: 1",
+    '"half',
+    "it's",
+    "${oc.env:HOME}/x",
+    "C:\\d\\",
+    r"\${a}\\'",
+    "007",
+]
+
+
+@pytest.mark.parametrize("value", ODD)
+def test_plain_text_arrives_as_it_was_written(value, tmp_path):
+    for job_name, keys in (
+        ("train", sorted(config.LITERAL - {"from_run", "output", "data_dir"})),
+        ("evaluate", ["from_run", "output", "data.root", "cache.dir"]),
+        ("quickstart", ["data_dir"]),
+    ):
+        composed = dict(
+            config.flatten(to_dict(compose(job_name, [f"{key}={value}" for key in keys])))
+        )
+        assert {key: composed[key] for key in keys} == dict.fromkeys(keys, value)
+
+
+def test_what_is_quoted_or_null_keeps_its_meaning():
+    composed = compose(
+        "train", ["data.root='/a b'", 'cache.dir="c, d"', "run.name=null", "+model.init_from=null"]
+    )
+    assert (composed.data.root, composed.cache.dir) == ("/a b", "c, d")
+    assert (composed.run.name, composed.model["init_from"]) == (None, None)
+
+
+def test_evaluating_takes_no_decoding():
+    assert compose("evaluate", ["data.root=/d", "data.max_samples=9"]).data.max_samples == 9
+    for override in ("data.decode.image_px=64", "data.split.val=0.5", "data.shuffle_window_gb=1"):
+        with pytest.raises(UserError, match=r"data\.\S+ is not a key of this job"):
+            compose("evaluate", [override])
+    with pytest.raises(UserError, match=r"did you mean data\.classes"):
+        compose("evaluate", ["data.clases=[a]"])
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        (None, 0, ""),
+        (UserError("no such thing"), 2, "error: no such thing\n"),
+        (Stopped("stopped; saved at step 3"), 130, "stopped; saved at step 3\n"),
+        (KeyboardInterrupt(), 130, "stopped; the same command goes on from here\n"),
+    ],
+)
+def test_exit_statuses(raised, status, said, capsys):
+    def main(_: object) -> None:
+        if raised:
+            raise raised
+
+    assert config._run("report", main, []) == status
+    assert capsys.readouterr().err == said
 
 
 def test_accumulating_is_said_once():
@@ -105,15 +270,36 @@ def test_identity_is_what_the_result_depends_on():
 
 
 def test_a_folder_of_experiments_can_be_added(tmp_path: Path):
-    (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "best.yaml").write_text("# @package _global_\nloop: {epochs: 77}\n")
-    assert compose("train", ["experiment=best"], str(tmp_path)).loop.epochs == 77
+    folder = tmp_path / ODD[0]
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment" / "best.yaml").write_text("# @package _global_\nloop: {epochs: 77}\n")
+    assert compose("train", ["experiment=best"], str(folder)).loop.epochs == 77
+    with pytest.raises(UserError, match=r"loop\.epocs is not a key"):
+        compose("train", ["experiment=best", "loop.epocs=3"], str(folder))
     with pytest.raises(UserError, match="--config-dir must be a folder"):
         compose("train", [], str(tmp_path / "nowhere"))
 
 
-def test_help_names_every_key():
-    text = config._keys_help("train")
-    for key, _ in config.flatten(to_dict(Config())):
-        assert key in text
-    assert "null switches" in text or "null is off" in text
+@pytest.mark.parametrize("name", sorted(config.SCHEMAS))
+def test_help_names_every_key_and_says_what_it_means(name):
+    listed = {key: text for key, _, text in config._documented(config.SCHEMAS[name](), name)}
+    wanted = {
+        re.sub(r"^task\.terms\.\w+", "task.terms.<term>", k) for k in config._known_keys(name)
+    }
+    assert listed.keys() == wanted
+    assert [key for key, text in listed.items() if not text] == []
+    shown = config._keys_help(name)
+    for key, text in listed.items():
+        assert re.search(rf"^  {re.escape(key)} .*{re.escape(text)}$", shown, re.MULTILINE), key
+
+
+def test_help_shows_the_keys_of_model_and_task_with_their_defaults():
+    shown = config._keys_help("train")
+    for line in (
+        r"model\.name +resnet18 +A model of timm",
+        r"model\.freeze\.all_but_last_blocks +null +n: only the head",
+        r"task\.terms\.<term>\.weight +1\.0 +What",
+        r"task\.terms\.<term>\.temperature +\$\{teacher\.temperature\} +kl",
+    ):
+        assert re.search(rf"^  {line}", shown, re.MULTILINE), line
+    assert "decoded as the run's own" in config._keys_help("evaluate")

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
 import hashlib
 import importlib
 import inspect
 import json
 import math
+import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +22,7 @@ from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from potstill.errors import UserError
+from potstill.errors import Stopped, UserError
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
@@ -41,17 +43,23 @@ class Split:
     val: float = 0.2
     """Share of each class that validates, where the source has no validation split of its own."""
     seed: int = 0
+    """Another seed draws another validation split, and another choice of max_samples."""
 
 
 @dataclass
 class Data:
     source: str = "folder"
+    """folder: <root>/<class>/*, or <root>/{train,val,test}/<class>/*."""
     root: str | None = None
+    """The folder of images; must be given."""
     classes: list[str] | None = None
     """Names or wildcards (`Quercus_*`); null takes every class."""
     max_samples: int | None = None
+    """Images in all; splits keep their proportions, classes take turns. null takes every image."""
     max_bad_fraction: float = 0.05
+    """Share of the images that may be quarantined before the set is refused."""
     shuffle_window_gb: float = 2.0
+    """Samples are shuffled within windows of so many GB of pixels: less memory, less mixing."""
     decode: Decode = field(default_factory=Decode)
     split: Split = field(default_factory=Split)
 
@@ -59,7 +67,9 @@ class Data:
 @dataclass
 class Cache:
     dir: str = "cache"
+    """Folder of the caches: one folder a set and decoding."""
     max_gb: float | None = None
+    """What all sets in it may take, in GB; null sets no limit."""
     verify: bool = False
     """Read every shard again and compare its checksum before it is used (sizes are always compared)."""
 
@@ -67,9 +77,11 @@ class Cache:
 @dataclass
 class Augment:
     image_px: int | None = None
-    """Side of what the model sees; null is data.decode.image_px."""
+    """Side of what the model sees, in pixels; null is data.decode.image_px."""
     crop_scale: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    """Smallest and largest share of the image's area that a random crop takes."""
     crop_ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333])
+    """Smallest and largest ratio of a random crop's width to its height."""
     flip: float = 0.0
     """Probability of a horizontal flip."""
     rotate: float = 0.0
@@ -85,14 +97,19 @@ class Augment:
 @dataclass
 class TeacherConfig:
     run: str | None = None
+    """Folder of the teacher's run; null trains without one."""
     temperature: float = 4.0
+    """What logits are divided by before they are compared with the teacher's (task=distil)."""
 
 
 @dataclass
 class Optimizer:
     name: str = "adamw"
+    """adamw | adam | sgd."""
     lr: float = 1e-3
+    """Learning rate, after the warm-up."""
     weight_decay: float = 0.05
+    """Of weight matrices and kernels; biases and norms have none."""
     momentum: float = 0.9
     """SGD only."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -104,8 +121,11 @@ class Optimizer:
 @dataclass
 class Schedule:
     name: str = "cosine"
+    """cosine | plateau | constant."""
     warmup_epochs: float = 0.0
+    """Epochs in which the learning rate rises linearly; may be a fraction."""
     min_lr: float = 0.0
+    """The learning rate does not fall below it."""
     factor: float = 0.1
     """plateau: what the learning rate is multiplied by."""
     patience: int = 3
@@ -115,6 +135,7 @@ class Schedule:
 @dataclass
 class Loop:
     epochs: int = 10
+    """Passes over the training images."""
     batch_size: int = 64
     """Samples in one update, over all workers."""
     micro_batch_size: int | None = None
@@ -122,14 +143,19 @@ class Loop:
     accumulate: int = 1
     """The same, said as the number of forward passes in an update."""
     precision: str = "fp32"
+    """fp32 | bf16 | fp16, of the forward pass; weights stay fp32."""
     clip_norm: float | None = None
+    """Largest norm of an update's gradient; null switches clipping off."""
     patience: int | None = None
     """Epochs without improvement of `monitor` before the run stops; null is off."""
     monitor: str = "val_top1_acc"
+    """What makes a checkpoint the best: val_top1_acc | val_top5_acc | val_macro_f1 | val_loss | train_loss."""
     seed: int = 0
+    """Of the first weights, the order of samples and the augmentation."""
     checkpoint_every_steps: int = 500
-    """A checkpoint is also taken at the end of every epoch."""
+    """Updates between checkpoints; one is also taken at the end of every epoch."""
     log_every_steps: int = 10
+    """Updates between records of the loss."""
 
 
 @dataclass
@@ -141,6 +167,7 @@ class Scaling:
     cpus_per_worker: int | None = None
     """null: the machine's cores, divided among the workers."""
     sync_batchnorm: bool = False
+    """BatchNorm over the samples of all GPUs; not where an update takes several forward passes."""
     max_failures: int = 3
     """How often a lost worker is replaced before the run gives up."""
 
@@ -148,21 +175,25 @@ class Scaling:
 @dataclass
 class Run:
     name: str | None = None
-    """null: <experiment>-<hash of the config>."""
+    """Name of the run's folder; null: <experiment>-<hash of the config>."""
     again: bool = False
+    """true: where this run has finished already, start another instead of showing its summary."""
     tags: list[str] = field(default_factory=list)
+    """Words to find the run by in Aim and in its report."""
 
 
 @dataclass
 class Runs:
     dir: str = "runs"
+    """Folder of the runs: one folder a run."""
 
 
 @dataclass
 class Tracking:
     name: str = "aim"
+    """aim | none."""
     repo: str | None = None
-    """Folder that holds `.aim`; null is runs.dir."""
+    """Folder that holds `.aim`; null is the folder of the runs."""
 
 
 @dataclass
@@ -183,7 +214,9 @@ class Config:
     runs: Runs = field(default_factory=Runs)
     tracking: Tracking = field(default_factory=Tracking)
     debug: bool = False
+    """true: 200 images, at most 64 px, two epochs: does it work at all?"""
     experiment: str | None = None
+    """A file of conf/experiment/; it overrides all other groups."""
 
 
 @dataclass
@@ -193,17 +226,35 @@ class PrepareConfig:
 
 
 @dataclass
-class EvaluateConfig:
-    """`data.root: null` evaluates on the run's own data; a key of `data` left at null is the run's own."""
+class EvaluateData:
+    """What is evaluated on. How it is decoded is the run's own affair, and no key of it is taken here."""
 
+    root: str | None = None
+    """A folder of class folders, decoded as the run's own images were; null: the run's own data."""
+    classes: list[str] | None = None
+    """Names or wildcards (`Quercus_*`); null takes every class of the folder, or the run's own choice."""
+    max_samples: int | None = None
+    """Images in all; null takes every image of the folder, or as many as the run."""
+    max_bad_fraction: float | None = None
+    """Share of the images that may be quarantined; null is the run's own."""
+
+
+@dataclass
+class EvaluateConfig:
     from_run: str | None = None
-    data: Data = field(default_factory=Data)
+    """Folder of the run; must be given."""
+    data: EvaluateData = field(default_factory=EvaluateData)
     cache: Cache = field(default_factory=Cache)
     subset: str = "val"
+    """train | val | test; a folder without such folders is evaluated whole, as val."""
     checkpoint: str = "best"
+    """best (by loop.monitor) | last."""
     batch_size: int = 256
+    """Images in one forward pass."""
     precision: str = "fp32"
+    """fp32 | bf16 | fp16."""
     use_gpu: bool | None = None
+    """null: where there is one."""
     output: str | None = None
     """Folder of evaluation.json; null is <run>/evaluations/<data key>-<subset>."""
 
@@ -211,17 +262,21 @@ class EvaluateConfig:
 @dataclass
 class ReportConfig:
     from_run: str | None = None
+    """Folder of the run; must be given."""
     tracking: Tracking = field(default_factory=lambda: Tracking(name="none"))
 
 
 @dataclass
 class QuickstartConfig:
     data_dir: str = "data/digits"
+    """Where the images of the digits are written."""
     cache: Cache = field(default_factory=Cache)
     runs: Runs = field(default_factory=Runs)
     tracking: Tracking = field(default_factory=Tracking)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Each trains one student alone and one distilled."""
     debug: bool = False
+    """true: 200 images and two epochs a run."""
 
 
 SCHEMAS: dict[str, type] = {
@@ -251,19 +306,20 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: str | None = N
     schema = SCHEMAS[name]
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     GlobalHydra.instance().clear()
-    search = [f"hydra.searchpath=[file://{_config_dir(config_dir)}]"] if config_dir else []
+    further = _config_dir(config_dir) if config_dir else None
+    search = [f"hydra.searchpath=[{_quoted(f'file://{further}')}]"] if further else []
     try:
         with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
             composed = hydra_compose(
-                name, [*map(_may_add, overrides), *search], return_hydra_config=True
+                name, [*map(_for_hydra, overrides), *search], return_hydra_config=True
             )
         choices = composed.hydra.runtime.choices
         with open_dict(composed):
             del composed["hydra"]
         assert isinstance(composed, DictConfig)
         config = OmegaConf.to_object(composed)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(name, overrides, error)) from None
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise UserError(_explain(name, overrides, error, further)) from None
     assert isinstance(config, schema)
     if isinstance(config, Config):
         config.experiment = choices.get("experiment") or config.experiment
@@ -276,9 +332,35 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: str | None = N
 OPEN = ("model.kwargs", "task.terms")
 
 
-def _may_add(override: str) -> str:
-    """Let `model.kwargs.channels=…` add a key without Hydra's `+`."""
+# Keys whose values are plain text, mostly paths: what Hydra's grammar makes of ( ) , = # and so on is not meant.
+LITERAL = frozenset(
+    (
+        *("data.root", "cache.dir", "runs.dir", "run.name", "tracking.repo", "teacher.run"),
+        *("model.init_from", "from_run", "output", "data_dir"),
+    )
+)
+
+
+def _for_hydra(override: str) -> str:
+    """An override in Hydra's grammar: plain text is quoted, and `model.kwargs.channels=…` needs no `+`.
+
+    `null`, nothing, and what the user has quoted already keep their meaning.
+    """
+    key, equals, value = override.partition("=")
+    if key.lstrip("+") in LITERAL and not re.fullmatch(_LEFT_ALONE, value, re.DOTALL):
+        override = f"{key}{equals}{_quoted(value)}" if equals else override
     return f"++{override}" if override.startswith(OPEN) else override
+
+
+_LEFT_ALONE = r"""|null|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+
+
+def _quoted(text: str) -> str:
+    """Text that comes out of Hydra and OmegaConf as it is."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    without_interpolation = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    return QuotedString(without_interpolation, Quote.single).with_quotes()
 
 
 def _config_dir(folder: str) -> Path:
@@ -290,23 +372,21 @@ def _config_dir(folder: str) -> Path:
     return path
 
 
-def _explain(name: str, overrides: Sequence[str], error: Exception) -> str:
+def _explain(
+    name: str, overrides: Sequence[str], error: Exception, further: Path | None = None
+) -> str:
     """Say which key is meant and what is close to it, instead of Hydra's internals."""
     # Hydra's own words are of little use, those of OmegaConf beneath it name the type
     cause = error.__cause__ or error
     text = " ".join(str(cause).split("full_key:")[0].split())
     keys = _known_keys(name)
-    groups = {
-        p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in CONF_DIR.iterdir() if p.is_dir()
-    }
+    groups = _groups(CONF_DIR, further)
     for override in overrides:
         key, _, value = override.partition("=")
         key = key.lstrip("+~")
         if not _ or not key:
             return f"an argument must be key=value, got {override!r}; --help lists the keys"
         if key in groups and value.strip("\"'") not in groups[key]:
-            if value in ("", "null"):
-                continue
             return f"{key} must be one of {', '.join(groups[key]) or 'none yet'}, got {value!r} (files of conf/{key}/)"
         known = key in keys or key in groups or any(k.startswith(key + ".") for k in keys)
         free = key.startswith(OPEN)
@@ -316,6 +396,7 @@ def _explain(name: str, overrides: Sequence[str], error: Exception) -> str:
             return f"{key} is not a key of this job (got {override!r}); {remedy}"
     key = str(getattr(cause, "full_key", "") or "the config")
     shown = next((o for o in overrides if o.partition("=")[0].lstrip("+~") == key), key)
+    shown = getattr(error, "override", shown)  # one that Hydra's grammar does not take
     return f"{shown} was refused: {text}; --help lists the keys and their defaults"
 
 
@@ -326,10 +407,19 @@ def _known_keys(name: str) -> dict[str, Any]:
     keys = dict(flatten(to_dict(SCHEMAS[name]())))
     if name == "train":
         for group in ("model", "task"):
-            for path in (CONF_DIR / group).glob("*.yaml"):
-                text = path.read_text().replace("${teacher.temperature}", "0")
-                keys.update(flatten(yaml.safe_load(text), f"{group}."))
+            keys.pop(group)
+            for path in sorted((CONF_DIR / group).glob("*.yaml")):
+                nodes = flatten(yaml.safe_load(path.read_text()), f"{group}.")
+                keys.update((key, value) for key, value in nodes if key not in keys)
     return keys
+
+
+def _groups(*folders: Path | None) -> dict[str, list[str]]:
+    """The config groups below some folders, and the choices of each."""
+    found: dict[str, set[str]] = {}
+    for path in (p for folder in folders if folder for p in folder.iterdir() if p.is_dir()):
+        found.setdefault(path.name, set()).update(f.stem for f in path.glob("*.yaml"))
+    return {group: sorted(names) for group, names in sorted(found.items())}
 
 
 def apply_debug(config: Config) -> Config:
@@ -347,29 +437,60 @@ def apply_debug(config: Config) -> Config:
 
 
 # ------------------------------------------------------------------------------------------- checking
+Check = tuple[Callable[[Any], bool], str]
+"""A test of a value, and the rule it stands for."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _number(
-    low: float, high: float = math.inf, open_low: bool = False
-) -> tuple[Callable[[Any], bool], str]:
-    below = "> " if open_low else ">= "
-    rule = f"must be {below}{low:g}" + (f" and <= {high:g}" if high < math.inf else "")
-    return lambda v: (v > low if open_low else v >= low) and v <= high, rule
+    low: float,
+    high: float = math.inf,
+    open_low: bool = False,
+    open_high: bool = False,
+    kind: str = "",
+) -> Check:
+    rule = f"must be {kind}{'>' if open_low else '>='} {low:g}"
+    rule += f" and {'<' if open_high else '<='} {high:g}" if high < math.inf else ""
+
+    def test(value: Any) -> bool:
+        above = _is_number(value) and (value > low if open_low else value >= low)
+        return above and (value < high if open_high else value <= high)
+
+    return test, rule
 
 
-def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
+def _one_of(*names: str) -> Check:
     return lambda v: v in names, f"must be one of {', '.join(names)}"
 
 
-def _pair(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
+def _pair(low: float, high: float) -> Check:
     return (
         lambda v: len(v) == 2 and low < v[0] <= v[1] <= high,
         f"must be two numbers, the smaller first, above {low:g} and up to {high:g}",
     )
 
 
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _mapping(*needed: str) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, dict) and set(needed) <= set(v)
+
+
+def _or_null(check: Check) -> Check:
+    test, rule = check
+    return lambda v: v is None or test(v), rule.replace("must be", "must be null or", 1)
+
+
 MONITORS = ("val_top1_acc", "val_top5_acc", "val_macro_f1", "val_loss", "train_loss")
 
-RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+RULES: dict[str, Check] = {
     "data.source": _one_of("folder"),
+    "data.classes": (lambda v: len(v) > 0, "must name at least one class"),
     "data.max_samples": _number(2),
     "data.max_bad_fraction": _number(0, 1),
     "data.shuffle_window_gb": _number(0, open_low=True),
@@ -377,6 +498,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.decode.fit": _one_of("shorter_side", "squash", "pad", "native"),
     "data.decode.max_megapixels": _number(0, open_low=True),
     "data.split.val": _number(0, 1, open_low=True),
+    "data.split.seed": _number(0),
     "cache.max_gb": _number(0, open_low=True),
     "augment.image_px": _number(8, 4096),
     "augment.crop_scale": _pair(0, 1),
@@ -392,6 +514,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optimizer.head_lr": _number(0, open_low=True),
     "optimizer.weight_decay": _number(0),
     "optimizer.momentum": _number(0, 1),
+    "optimizer.betas": (
+        lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v),
+        "must be two numbers >= 0 and < 1",
+    ),
     "schedule.name": _one_of("cosine", "plateau", "constant"),
     "schedule.warmup_epochs": _number(0),
     "schedule.min_lr": _number(0),
@@ -405,6 +531,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "loop.clip_norm": _number(0, open_low=True),
     "loop.patience": _number(1),
     "loop.monitor": _one_of(*MONITORS),
+    "loop.seed": _number(0),
     "loop.checkpoint_every_steps": _number(1),
     "loop.log_every_steps": _number(1),
     "scaling.num_workers": _number(0),
@@ -417,9 +544,92 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "precision": _one_of("fp32", "bf16", "fp16"),
 }
 
+# The nodes that no dataclass types: check and meaning of each place, what holds others first. `*` is any name.
+NODES: dict[str, tuple[Check, str]] = {
+    "model": ((_mapping("_target_", "name"), "must be a mapping with _target_ and name"), ""),
+    "model._target_": ((_text, "must be text"), "What builds the model: timm, so far."),
+    "model.name": ((_text, "must be text"), "A model of timm: timm.list_models()."),
+    "model.pretrained": (
+        (lambda v: isinstance(v, bool), "must be true or false"),
+        "true: start from timm's weights, from the hub.",
+    ),
+    "model.init_from": (
+        _or_null((_text, "must be text")),
+        "Start from a run's folder, a .safetensors or a .pth file; null: from random weights.",
+    ),
+    "model.drop_path": (
+        _or_null(_number(0, 1, open_high=True, kind="a number ")),
+        "Rate of stochastic depth, where the family has it.",
+    ),
+    "model.kwargs": (
+        _or_null((_mapping(), "must be a mapping")),
+        "Further arguments of timm.create_model, such as {channels: [16, 32, 64, 128]}.",
+    ),
+    "model.freeze": (
+        _or_null(
+            (
+                lambda v: isinstance(v, dict) and set(v) <= {"all_but_last_blocks"},
+                "must be a mapping of all_but_last_blocks",
+            )
+        ),
+        "",
+    ),
+    "model.freeze.all_but_last_blocks": (
+        _or_null(
+            (lambda v: _is_number(v) and isinstance(v, int) and v >= 0, "must be an integer >= 0")
+        ),
+        "n: only the head and the last n blocks train; null freezes nothing.",
+    ),
+    "task": (
+        (
+            lambda v: isinstance(v, dict) and set(v) == {"terms"},
+            "must be a mapping of terms, and of nothing else",
+        ),
+        "",
+    ),
+    "task.terms": (
+        (
+            lambda v: (
+                isinstance(v, dict)
+                and bool(v)
+                and all(_text(name) and "." not in name for name in v)
+            ),
+            "must be a mapping that names at least one loss term (no dots in names)",
+        ),
+        "",
+    ),
+    "task.terms.*": ((_mapping("loss", "inputs"), "must be a mapping with loss and inputs"), ""),
+    "task.terms.*.loss": ((_text, "must be text"), "cross_entropy | kl."),
+    "task.terms.*.inputs": (
+        (lambda v: isinstance(v, list) and all(map(_text, v)), "must be a list of names"),
+        "What the loss takes: label, outputs of the model (logits), of the teacher (teacher.logits).",
+    ),
+    "task.terms.*.weight": (
+        _number(0, kind="a number "),
+        "What the term is multiplied by in the sum.",
+    ),
+    "task.terms.*.label_smoothing": (
+        _number(0, 1, kind="a number "),
+        "cross_entropy: share of the target that is spread over all classes.",
+    ),
+    "task.terms.*.temperature": (
+        _number(0, open_low=True, kind="a number "),
+        "kl: what both logits are divided by.",
+    ),
+}
+
 HINTS = {
+    "model": "use model=timm model.name=<name>",
+    "model._target_": "use model._target_=timm",
+    "model.name": "such as model.name=resnet18",
+    "model.freeze": "use model.freeze.all_but_last_blocks=<n>",
+    "task": "use task=classify or task=distil",
+    "task.terms": "use task=classify or task=distil",
+    "task.terms.*": "add it as task.terms.<name>={loss: cross_entropy, inputs: [logits, label]}",
+    "task.terms.*.inputs": "such as [logits, label]",
     "loop.patience": "null switches early stopping off",
     "loop.clip_norm": "null switches clipping off",
+    "data.classes": "null takes every class",
     "data.max_samples": "null takes every sample",
     "cache.max_gb": "null sets no limit",
 }
@@ -430,19 +640,28 @@ def validate(config: Any) -> None:
 
     Raises UserError with the key, the rule, the value and, where it is not plain, the remedy.
     """
-    for key, value in flatten(to_dict(config)):
+    values = to_dict(config)
+    for key, value in flatten(values):
         if key in RULES and value is not None:
-            test, rule = RULES[key]
-            if not test(value):
-                hint = f"; {HINTS[key]}" if key in HINTS else ""
-                raise UserError(f"{key} {rule}, got {value!r}{hint}")
+            _refuse_unless(RULES[key], key, value, HINTS.get(key))
     if not isinstance(config, Config):
         return
+    for pattern, (check, _) in NODES.items():
+        for key, value in _places(values, pattern):
+            _refuse_unless(check, key, value, HINTS.get(pattern))
+    check_node("model", config.model, CONSUMED_ELSEWHERE["model"])
     loop = config.loop
     if loop.micro_batch_size and loop.accumulate > 1:
         raise UserError(
             "loop.micro_batch_size and loop.accumulate say the same thing: set one of them, got "
             f"{loop.micro_batch_size} and {loop.accumulate}"
+        )
+    if config.scaling.sync_batchnorm and (loop.micro_batch_size or loop.accumulate > 1):
+        key = "micro_batch_size" if loop.micro_batch_size else "accumulate"
+        raise UserError(
+            f"scaling.sync_batchnorm must be false where loop.{key} is set, got true and {getattr(loop, key)}: in the last "
+            "batch of an epoch workers may run different numbers of forward passes, and each waits for all; set "
+            f"loop.{key}={'null' if loop.micro_batch_size else 1}, or scaling.sync_batchnorm=false"
         )
     workers = max(config.scaling.num_workers, 1)
     if loop.batch_size < 2 * workers:
@@ -454,23 +673,33 @@ def validate(config: Any) -> None:
         raise UserError(
             f"schedule.warmup_epochs must be < loop.epochs ({loop.epochs}), got {config.schedule.warmup_epochs:g}"
         )
-    if not config.task.get("terms"):
-        raise UserError(
-            "task.terms must name at least one loss term, got none; use task=classify or task=distil"
-        )
     for name, term in config.task["terms"].items():
-        weight = term.get("weight", 1.0)
-        if not isinstance(weight, int | float) or not weight >= 0:
-            raise UserError(f"task.terms.{name}.weight must be a number >= 0, got {weight!r}")
-        if (
-            any(str(i).startswith("teacher.") for i in term.get("inputs", []))
-            and not config.teacher.run
-        ):
+        if any(i.startswith("teacher.") for i in term["inputs"]) and not config.teacher.run:
             raise UserError(
                 f"teacher.run must name the folder of a trained run, because task.terms.{name} learns from a "
                 "teacher, got null; add teacher.run=runs/<name>"
             )
-    check_node("model", config.model, CONSUMED_ELSEWHERE["model"])
+
+
+def _refuse_unless(check: Check, key: str, value: Any, hint: str | None) -> None:
+    test, rule = check
+    if not test(value):
+        shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+        raise UserError(f"{key} {rule}, got {shown}{f'; {hint}' if hint else ''}")
+
+
+def _places(values: dict[str, Any], pattern: str) -> list[tuple[str, Any]]:
+    """(dotted key, value) of every place in `values` that a pattern names."""
+    found: list[tuple[str, Any]] = [("", values)]
+    for part in pattern.split("."):
+        found = [
+            (f"{key}.{name}".lstrip("."), node[name])
+            for key, node in found
+            if isinstance(node, dict)
+            for name in (node if part == "*" else [part])
+            if name in node
+        ]
+    return found
 
 
 # -------------------------------------------------------------------------------------------- building
@@ -590,8 +819,8 @@ def load_run_config(run_dir: Path) -> Config:
 def job(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     """Make `main(config)` a command: `key=value` overrides, --help, --cfg, --config-dir.
 
-    A UserError is printed as one message (exit status 2); Ctrl-C exits with 130. Anything else is a
-    mistake of ours and keeps its traceback.
+    A UserError is printed as one message (exit status 2); a stop that was asked for, Ctrl-C among them, exits
+    with 130. Anything else is a mistake of ours and keeps its traceback.
     """
 
     def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
@@ -631,6 +860,9 @@ def _run(name: str, main: Callable[[Any], None], argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 130
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
@@ -642,23 +874,26 @@ def _keys_help(name: str) -> str:
     lines = []
     if name == "train":
         lines.append("groups (group=choice):")
-        for folder in sorted(p for p in CONF_DIR.iterdir() if p.is_dir()):
-            names = ", ".join(sorted(f.stem for f in folder.glob("*.yaml")))
-            lines.append(f"  {folder.name:<12} {names}")
+        lines += [f"  {group:<12} {', '.join(names)}" for group, names in _groups(CONF_DIR).items()]
         lines.append("")
     lines.append("keys (default):")
-    lines += [
-        f"  {key:<32} {value!s:<16} {text}".rstrip()
-        for key, value, text in _documented(SCHEMAS[name])
-    ]
+    for key, value, text in _documented(SCHEMAS[name](), name):
+        lines.append(f"  {key:<33} {_as_written(value):<16} {text}")
     return "\n".join(lines)
 
 
-def _documented(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+def _as_written(value: Any) -> str:
+    """A value as an override would say it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_as_written, value))}]"
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def _documented(defaults: Any, job_name: str, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """(dotted key, default, meaning) of every key below a dataclass."""
     import ast
 
-    hints = typing.get_type_hints(schema)
-    tree = ast.parse(inspect.getsource(schema)).body[0]
+    tree = ast.parse(inspect.getsource(type(defaults))).body[0]
     assert isinstance(tree, ast.ClassDef)
     texts: dict[str, str] = {}
     previous = ""
@@ -667,14 +902,19 @@ def _documented(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, str]
             previous = node.target.id
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and previous:
             texts[previous] = " ".join(str(node.value.value).split())
-    defaults = schema()
-    for item in dataclasses.fields(schema):
-        if is_dataclass(hint := hints[item.name]):
-            yield from _documented(typing.cast(type, hint), f"{prefix}{item.name}.")
+    for item in dataclasses.fields(defaults):
+        key, value = f"{prefix}{item.name}", getattr(defaults, item.name)
+        if is_dataclass(value):
+            yield from _documented(value, job_name, f"{key}.")
+        elif key in NODES:
+            yield from _documented_node(key, job_name)
         else:
-            value = getattr(defaults, item.name)
-            yield (
-                f"{prefix}{item.name}",
-                "null" if value is None else value,
-                texts.get(item.name, ""),
-            )
+            yield key, value, texts.get(item.name, "")
+
+
+def _documented_node(root: str, job_name: str) -> Iterator[tuple[str, Any, str]]:
+    known = _known_keys(job_name)
+    for pattern, (_, text) in NODES.items():
+        matching = [key for key in known if fnmatch.fnmatchcase(key, pattern)]
+        if pattern.startswith(f"{root}.") and text:
+            yield pattern.replace("*", "<term>"), known[matching[0]], text

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from potstill import console, runs
-from potstill.config import Data, EvaluateConfig, load_run_config
+from potstill.config import Data, EvaluateConfig, EvaluateData, load_run_config
+from potstill.data.cache import Cache, hash_prefixes, open_cache
 from potstill.data.prepare import check, prepare_shown
 from potstill.errors import UserError
 
@@ -15,8 +16,8 @@ from potstill.errors import UserError
 def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate a run on its own data or, with `data.root`, on a folder that it has never seen.
 
-    Classes are matched by name; the folder may lack some of them, but not hold others. Writes
-    evaluation.json and returns its content. Raises UserError.
+    Classes are matched by name; the folder may lack some of them, but not hold others. Images that the run
+    was trained on are counted, and warned of. Writes evaluation.json and returns its content. Raises UserError.
     """
     if config.from_run is None:
         raise UserError(
@@ -32,15 +33,28 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
             f"data.root must hold classes that {run_dir.name} knows, got {len(unknown)} it does not: "
             f"{', '.join(unknown[:5])}; choose the others with data.classes (it knows {', '.join(known[:5])}, …)"
         )
-    if config.subset not in set(plan.rows.split):
-        have = ", ".join(sorted(set(map(str, plan.rows.split))))
-        raise UserError(f"subset must be one that {data.root} has ({have}), got {config.subset!r}")
-    runs.pick_checkpoint(run_dir, config.checkpoint)
+    have = [s for s in ("val", "test", "train") if s in set(plan.rows.split)]
+    if config.subset not in have:
+        raise UserError(
+            f"subset must be one that {data.root} has ({', '.join(have)}), got {config.subset!r}; "
+            f"add subset={have[0]}"
+        )
+    # it reads the whole checkpoint, and refuses before anything is decoded
+    checkpoint = runs.pick_checkpoint(run_dir, config.checkpoint).folder.name
     prepared = prepare_shown(data, config.cache, for_training=False)
-    result = _measure(config, run_dir, prepared.cache_dir)
-    result["quarantined"] = prepared.report.get("quarantined", {})
-    result["data"] = {"root": str(plan.rows.root), "key": plan.key, "subset": config.subset}
-    result["absent_classes"] = sorted(set(known) - set(plan.rows.classes))
+    cache = open_cache(prepared.cache_dir, config.cache.verify)
+    warnings = _trained_on(run_dir, cache, config.subset)
+    for warning in warnings:
+        console.warn(f"{warning['name']}: {warning['message']}")
+    result = {
+        "run": run_dir.name,
+        "checkpoint": checkpoint,
+        **_measure(config, run_dir, cache),
+        "warnings": warnings,
+        "quarantined": prepared.report.get("quarantined", {}),
+        "data": {"root": str(plan.rows.root), "key": plan.key, "subset": config.subset},
+        "absent_classes": sorted(set(known) - set(plan.rows.classes)),
+    }
     output = (
         Path(config.output)
         if config.output
@@ -51,31 +65,53 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
-def _data(asked: Data, own: Data) -> Data:
+def _data(asked: EvaluateData, own: Data) -> Data:
     """The run's own data and decoding, with what was asked for instead."""
     data = copy.deepcopy(own)
     if asked.root is not None:
         data.root, data.classes, data.max_samples = asked.root, None, None
-        # a folder without splits is evaluated whole
+        # no split is made: a folder without splits is evaluated whole, one that has them as it is
         data.split.val = 1.0
-    data.classes = asked.classes or data.classes
-    data.max_samples = asked.max_samples or data.max_samples
-    data.max_bad_fraction = asked.max_bad_fraction
+    if asked.classes is not None:
+        data.classes = asked.classes
+    if asked.max_samples is not None:
+        data.max_samples = asked.max_samples
+    if asked.max_bad_fraction is not None:
+        data.max_bad_fraction = asked.max_bad_fraction
     return data
 
 
-def _measure(config: EvaluateConfig, run_dir: Path, cache_dir: Path) -> dict[str, Any]:
+def _trained_on(run_dir: Path, cache: Cache, subset: str) -> list[dict[str, str]]:
+    """A warning, if the run was trained on some of these images; they are known by their content."""
+    import numpy as np
+
+    known = run_dir / "train_hashes.npy"
+    if not known.exists():
+        message = (
+            f"{known} is missing: it cannot be told whether the run was trained on these images"
+        )
+        return [{"name": "trained_on_unknown", "message": message}]
+    images = hash_prefixes(cache.split(subset).hashes)
+    seen = int(np.isin(images, np.load(known)).sum())
+    if not seen:
+        return []
+    message = (
+        f"the run was trained on {seen} of these {len(images)} images: the result is flattered"
+    )
+    return [{"name": "trained_on", "message": message}]
+
+
+def _measure(config: EvaluateConfig, run_dir: Path, cache: Cache) -> dict[str, Any]:
     import torch
 
     from potstill.assemble import load_model
     from potstill.data.augment import Augment
     from potstill.data.batches import Batches
-    from potstill.data.cache import open_cache
     from potstill.loop import autocast_of
-    from potstill.metrics import evaluate, per_class, top_k
+    from potstill.metrics import evaluate, top_k
+    from potstill.report import confusion_counts, per_class
 
     model, known, trained = load_model(run_dir, config.checkpoint)
-    cache = open_cache(cache_dir, config.cache.verify)
     place = torch.tensor([known.index(name) for name in cache.classes])
     on_gpu = torch.cuda.is_available() and config.use_gpu is not False
     if config.use_gpu and not on_gpu:
@@ -88,9 +124,10 @@ def _measure(config: EvaluateConfig, run_dir: Path, cache_dir: Path) -> dict[str
     def on_device():
         with console.progress("Evaluating", batches.steps) as update:
             for done, batch in enumerate(batches.epoch(0), start=1):
+                padded = not bool(batch["weight"].all())
                 batch["label"] = place[batch["label"]]
                 batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-                yield {**batch, "image": augment.eval(batch["image"])}
+                yield {**batch, "image": augment.eval(batch["image"])}, padded
                 update(done)
 
     numbers, found = evaluate(
@@ -100,13 +137,13 @@ def _measure(config: EvaluateConfig, run_dir: Path, cache_dir: Path) -> dict[str
         device,
         autocast_of(config.precision, device),
     )
+    counts = confusion_counts(found.arrays(), len(known))
+    rows = [row for row in per_class(counts, known) if row["support"]]
     return {
-        "run": run_dir.name,
-        "checkpoint": runs.pick_checkpoint(run_dir, config.checkpoint).folder.name,
         "samples": len(found.id),
         "top_k": top_k(len(known)),
         "metrics": numbers,
-        "per_class": [row for row in per_class(found, known) if row["support"]],
+        "per_class": sorted(rows, key=lambda row: known.index(row["class"])),
     }
 
 

@@ -82,7 +82,8 @@ def list_rows(data: Data, for_training: bool = True) -> Rows:
     """List a source without opening a file.
 
     `for_training=False` (to evaluate on a folder) also takes a source of one class or without training
-    rows, and `data.split.val=1`, which makes all of it validation.
+    rows, and `data.split.val=1`, which makes all of it validation where no folder is named for a split;
+    where some are, they stay what they are.
 
     Raises UserError where the source or the selection cannot be used.
     """
@@ -315,7 +316,7 @@ def _select(files: list[_File], patterns: list[str] | None, root: Path) -> list[
 def _make_split(files: list[_File], data: Data) -> None:
     """Give every file a split. What is made depends on a file's class and name alone, not on the other classes."""
     present = {f.split for f in files}
-    if "val" in present:
+    if "val" in present or (data.split.val == 1 and "" not in present):
         return
     by_class: dict[str, list[_File]] = {}
     for file in files:
