@@ -145,6 +145,49 @@ def test_another_config_under_the_same_name_is_refused_with_the_difference(tiny)
         fit(tiny("run.name=mine", "loop.epochs=2"))
 
 
+def test_a_start_that_failed_binds_nobody(tiny):
+    with pytest.raises(UserError, match=r"model\.freeze\.all_but_last_blocks"):
+        fit(tiny("run.name=t", "model.name=test_resnet", "model.freeze.all_but_last_blocks=99"))
+    assert fit(tiny("run.name=t", "model.name=test_resnet"))["status"] == "finished"
+
+
+def unfinish(config) -> None:
+    """As if the run had been killed before its last checkpoint."""
+    (run_dir(config) / "summary.json").unlink()
+    shutil.rmtree(sorted((run_dir(config) / "checkpoints").glob("step-*"))[-1])
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path, cache_dir, ray_session):
+    tree = write_tree(tmp_path / "tree")
+    config = compose("train", [*tiny_overrides(tree, cache_dir, tmp_path / "runs"), "run.name=run"])
+    fit(config)
+    unfinish(config)
+    for split in ("train", "val"):
+        (tree / split / "blue").rename(tree / split / "zzz")
+    with pytest.raises(
+        UserError, match=r"data\.root: the files of .* are not those that run began with"
+    ):
+        fit(config)
+
+
+def test_going_on_needs_no_source_of_weights(tiny, tmp_path):
+    source = tiny("run.name=source", "loop.epochs=1")
+    fit(source)
+    config = tiny("run.name=next", f"model.init_from={run_dir(source)}")
+    fit(config)
+    unfinish(config)
+    run_dir(source).rename(tmp_path / "moved")
+    assert fit(config)["epochs"] == 2
+
+
+def test_a_failing_worker_says_why(tmp_path):
+    from potstill.fit import _RaySession
+
+    session = _RaySession(tmp_path, rank=1, world_size=2, payload={})
+    session.tell_failure(ValueError("shapes differ\nand more"))
+    assert "worker 1 failed: ValueError: shapes differ" in (tmp_path / "journal.jsonl").read_text()
+
+
 def test_a_folder_in_use_is_refused(tiny):
     config = tiny("run.name=busy")
     with (

@@ -102,7 +102,6 @@ def train_run(
         config.loop.epochs,
         higher_is_better(config.loop.monitor),
     )
-    warnings = [*findings, *check_labels(_counts(cache), cache.classes)]
     facts = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -120,10 +119,8 @@ def train_run(
         device=device,
         classes=cache.classes,
         attempt=attempt,
-        opening=[
-            *({"kind": "note", "message": line} for line in notes),
-            *({"kind": "warning", **w} for w in warnings),
-        ],
+        standing=[*findings, *check_labels(_counts(cache), cache.classes)],
+        notes=notes,
         facts=facts,
     )
 

@@ -6,8 +6,10 @@ import logging
 import os
 
 
-def start_ray(num_cpus: int | None = None) -> None:
+def start_ray(num_cpus: int | None = None) -> bool:
     """Join the cluster that RAY_ADDRESS names, or start a Ray of our own on this machine. Idempotent.
+
+    Returns whether this call started one, which its caller may then shut down.
 
     Ray's console output stays out of ours; its logs are under /tmp/ray/session_latest/logs.
     """
@@ -18,12 +20,13 @@ def start_ray(num_cpus: int | None = None) -> None:
     import ray
 
     if ray.is_initialized():
-        return
+        return False
     logging.getLogger("ray").setLevel(logging.ERROR)
     quiet = {"log_to_driver": False, "configure_logging": False, "logging_level": "ERROR"}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
-        return
+        return False
     # one machine has nobody to warn of its preemption
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     ray.init(num_cpus=num_cpus, include_dashboard=False, object_store_memory=512 * 2**20, **quiet)
+    return True

@@ -475,7 +475,7 @@ def _summarise(run_dir: Path) -> dict[str, Any]:
         "model_file_mb": None,
         "seconds": epochs[-1]["total_seconds"] if epochs else 0.0,
         "top_k": epochs[-1]["top_k"] if epochs else None,
-        "warnings": [w for r in epochs for w in r["warnings"]] + _data_warnings(records),
+        "warnings": _warnings(records),
     }
     if best:  # all checkpoints of a run hold the same tensors
         files = sorted((run_dir / "checkpoints").glob("step-*/model.safetensors"))
@@ -483,9 +483,10 @@ def _summarise(run_dir: Path) -> dict[str, Any]:
     return summary
 
 
-def _data_warnings(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Those that every attempt says anew stand here once."""
-    found = [{k: r[k] for k in ("name", "message")} for r in records if r["kind"] == "warning"]
+def _warnings(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Every warning of the run, once: those about the data are said anew by each attempt and epoch."""
+    said = [w for r in records for w in ([r] if r["kind"] == "warning" else r.get("warnings", ()))]
+    found = [{k: w[k] for k in ("name", "message")} for w in said]
     return [w for i, w in enumerate(found) if w not in found[:i]]
 
 

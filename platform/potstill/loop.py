@@ -115,13 +115,14 @@ def train(
     device: torch.device,
     classes: Sequence[str],
     attempt: int = 1,
-    opening: Sequence[dict[str, Any]] = (),
+    standing: Sequence[dict[str, str]] = (),
+    notes: Sequence[str] = (),
     facts: dict[str, Any] | None = None,
 ) -> Progress:
     """Train `task` for `cfg.epochs`, or go on from the session's newest checkpoint.
 
-    `opening` are records (notes, warnings about the data) that follow the attempt's first one, which
-    also carries `facts`. Every epoch ends with an evaluation, a record and a checkpoint. Raises LossNotFinite (the last good
+    `standing` are warnings about the data: said at once and in every epoch's record. `notes` follow the
+    attempt's first record, which also carries `facts`. Every epoch ends with an evaluation, a record and a checkpoint. Raises LossNotFinite (the last good
     checkpoint stands) and Stopped.
     """
     return _Training(
@@ -137,7 +138,8 @@ def train(
         device,
         classes,
         attempt,
-    ).run(opening, facts or {})
+        standing,
+    ).run(notes, facts or {})
 
 
 @dataclass
@@ -154,6 +156,7 @@ class _Training:
     device: torch.device
     classes: Sequence[str]
     attempt: int = 1
+    standing: Sequence[dict[str, str]] = ()
 
     def __post_init__(self) -> None:
         self.autocast = autocast_of(self.cfg.precision, self.device)
@@ -168,10 +171,12 @@ class _Training:
     def _new_meter(self) -> Meter:
         return Meter(len(self.classes), self.device, terms=[t.name for t in self.task.terms])
 
-    def run(self, opening: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Progress:
+    def run(self, notes: Sequence[str], facts: dict[str, Any]) -> Progress:
         self._resume(facts)
-        for record in opening:
-            self._log(**record)
+        for line in notes:
+            self._log("note", message=line)
+        for warning in self.standing:
+            self._log("warning", **warning)
         if self.session.world_size > 1:
             # buffers are averaged when they are used (_share_buffers), not sent at every step
             ids = [self.device.index] if self.device.type == "cuda" else None
@@ -281,7 +286,10 @@ class _Training:
         at.epochs.append(
             {k: record[k] for k in ("train_loss", "train_top1_acc", "val_loss", "val_top1_acc")}
         )
-        record["warnings"] = check_epoch(at.epochs, found.label, found.prediction, self.classes)
+        record["warnings"] = [
+            *check_epoch(at.epochs, found.label, found.prediction, self.classes),
+            *self.standing,
+        ]
         self.learning_rate.after_epoch(value)
         at.epoch, at.epoch_step = at.epoch + 1, 0
         self.meter = self._new_meter()

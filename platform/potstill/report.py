@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from potstill import runs
+from potstill.console import duration
 from potstill.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +41,12 @@ def report(run_dir: Path) -> list[Path]:
     Raises UserError if no epoch of the run has finished.
     """
     records = runs.read_journal(run_dir)
-    epochs = [r for r in records if r["kind"] == "epoch"]
+    standing = _standing(records)
+    epochs = [
+        {**r, "warnings": [w for w in r.get("warnings", []) if w not in standing]}
+        for r in records
+        if r["kind"] == "epoch"
+    ]
     if not epochs:
         raise UserError(
             f"from_run={run_dir} must have finished an epoch to be reported on, got none; "
@@ -75,6 +81,12 @@ def report(run_dir: Path) -> list[Path]:
 
 
 # -------------------------------------------------------------------------------------- predictions
+def _standing(records: Sequence[Record]) -> list[dict[str, str]]:
+    """Warnings about the data, once: every attempt and every epoch says them anew."""
+    said = [{k: r[k] for k in ("name", "message")} for r in records if r["kind"] == "warning"]
+    return [w for i, w in enumerate(said) if w not in said[:i]]
+
+
 def read_predictions(run_dir: Path) -> tuple[Record, dict[str, np.ndarray]]:
     """The best checkpoint's meta.json and `val_predictions.npz`: id, label, prediction, confidence, each [N].
 
@@ -382,7 +394,7 @@ def _summary_figure(name: str, records: Sequence[Record], epochs: Sequence[Recor
     seconds = sum(r["seconds"] for r in epochs)
     parts = [
         _epochs(len(epochs)),
-        _duration(seconds),
+        duration(seconds),
         f"{epochs[-1]['images_per_s']:,.0f} img/s in the last one",
     ]
     if best := best_epoch(epochs):
@@ -486,15 +498,6 @@ def _epochs(number: int) -> str:
     return "1 epoch" if number == 1 else f"{number} epochs"
 
 
-def _duration(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "unknown time"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 # ----------------------------------------------------------------------------------------------- page
 CSS = """
 :root { color-scheme: light dark; --ink: #1f2933; --muted: #66727f; --line: #e3e7eb; --back: #ffffff; --card: #f7f8fa; --warn: #b3261e; }
@@ -550,7 +553,7 @@ def _page(
             (_number(best["val_macro_f1"], "acc"), "validation macro-F1"),
             (_number(best["val_loss"], "loss"), "validation loss"),
         ]
-    tiles.append((_duration(sum(r["seconds"] for r in epochs)), _epochs(len(epochs))))
+    tiles.append((duration(sum(r["seconds"] for r in epochs)), _epochs(len(epochs))))
     if "parameters" in summary:
         tiles.append(
             (f"{summary['parameters']:,}", f"parameters, {summary['model_file_mb']:.1f} MB")
@@ -592,7 +595,7 @@ def _page(
             )
 
     warned = [(f"epoch {r['epoch']}", w) for r in epochs for w in r.get("warnings", [])]
-    warned = [("run", r) for r in records if r["kind"] == "warning"] + warned
+    warned = [("run", w) for w in _standing(records)] + warned
     columns = [
         "epoch",
         *[key for key in runs.HISTORY_KEYS if any(key in r for r in epochs)],

@@ -337,7 +337,7 @@ def _run(plan: Plan, shards: list[Shard]) -> Iterator[dict[str, Any]]:
     """Build shards on all cores; their descriptions, in the order in which they are done."""
     from potstill.cluster import start_ray
 
-    start_ray()  # before ray is imported: it reads its environment then
+    ours = start_ray()  # before ray is imported: it reads its environment then
     import ray.data
 
     context = ray.data.DataContext.get_current().copy()
@@ -360,6 +360,8 @@ def _run(plan: Plan, shards: list[Shard]) -> Iterator[dict[str, Any]]:
     finally:
         for handler, level in zip(consoles, levels, strict=True):
             handler.setLevel(level)
+        if ours:  # training in this process wants the memory and the cores
+            ray.shutdown()
 
 
 # ------------------------------------------------------------------------------------------ one shard

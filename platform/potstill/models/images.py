@@ -54,15 +54,6 @@ def check_name(name: str) -> None:
         )
 
 
-def default_image_stats(name: str) -> ImageStats:
-    """Mean and standard deviation, of pixels in [0, 1], that the model's weights were trained with."""
-    from timm.models import get_pretrained_cfg
-
-    cfg = get_pretrained_cfg(name)
-    assert cfg is not None, name
-    return ImageStats(cfg.mean, cfg.std)
-
-
 def _check_weights_in_reach(name: str) -> None:
     """Raises UserError where timm has no weights for the model, or nobody answers for them.
 

@@ -266,11 +266,3 @@ def load_run_state(model: nn.Module, run_dir: Path, which: str = "best") -> None
 
 
 # ------------------------------------------------------------------------------------------- numbers
-def model_file_mb(state: Mapping[str, Tensor]) -> float:
-    """Size of these tensors as a .safetensors file, in MB of 10^6 bytes, without its header of a few kB."""
-    return sum(t.numel() * t.element_size() for t in state.values()) / 1e6
-
-
-def count_parameters(model: nn.Module) -> int:
-    """All parameters, frozen ones included; buffers are none."""
-    return sum(p.numel() for p in model.parameters())
