@@ -33,11 +33,11 @@ MISTAKES = {
     ),
     "full cache": (["data.root=tree", "cache.max_gb=0.000001"], r"cache\.max_gb"),
     "no teacher": (
-        ["data.root=tree", "task=distil", "teacher.run=nowhere"],
+        ["data.root=tree", "loop.batch_size=16", "task=distil", "teacher.run=nowhere"],
         r"teacher\.run must be the folder of a run",
     ),
     "no weights": (
-        ["data.root=tree", "model.init_from=no.pth"],
+        ["data.root=tree", "loop.batch_size=16", "model.init_from=no.pth"],
         r"model\.init_from must be .*'no\.pth', which does not exist",
     ),
 }
@@ -73,7 +73,9 @@ def test_a_mistake_is_one_message_within_seconds(mistake, places):
 
 
 def test_an_unknown_model_is_refused_with_near_names(places):
-    done = run_job("train", "data.root=tree", "model.name=resnt18", cwd=places)
+    done = run_job(
+        "train", "data.root=tree", "loop.batch_size=16", "model.name=resnt18", cwd=places
+    )
     assert done.returncode == 2
     assert "model.name must be a timm model, got 'resnt18'; did you mean" in done.stderr
     assert "resnet18" in done.stderr

@@ -20,7 +20,7 @@ def test_cosine_warms_up_then_falls_to_its_floor():
     found = rates(Schedule("cosine", warmup_epochs=1, min_lr=0.1))
     assert found[0] == pytest.approx(0.1)
     assert found[9] == found[10] == pytest.approx(1.0)
-    assert all(a > b for a, b in itertools.pairwise(found))
+    assert all(a > b for a, b in itertools.pairwise(found[10:]))
     assert found[25] == pytest.approx(0.1 + 0.9 * 0.5)
     assert 0.1 < found[-1] < 0.11
 
