@@ -38,7 +38,7 @@ MISTAKES = {
     ),
     "no weights": (
         ["data.root=tree", "loop.batch_size=16", "model.init_from=no.pth"],
-        r"model\.init_from must be .*'no\.pth', which does not exist",
+        r"model\.init_from must be .*no\.pth', which does not exist",
     ),
 }
 
