@@ -219,6 +219,7 @@ def test_a_run_writes_everything_it_promises(tiny):
         "confusion_matrix",
     ):
         assert (folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
+    assert f"{summary['parameters']:,}" in (folder / "report.html").read_text()
     about = runs.read_json(folder / "run.json")
     assert about["classes"] == ["blue", "green", "red", "white"]
     assert about["dataset"]["counts"] == {"train": 48, "val": 16}

@@ -254,7 +254,7 @@ def _train(
         _end_journal(run_dir, error)
     summary = _summarise(run_dir)
     if summary["epochs"]:
-        report.report(run_dir)
+        report.report(run_dir, summary)
     # last: what is finished is not looked at again
     runs.write_json(run_dir / "summary.json", summary)
     if aim is not None:

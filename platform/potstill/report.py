@@ -35,8 +35,10 @@ def write_history(run_dir: Path) -> None:
     runs.write_json(run_dir / "training_history.json", runs.history(runs.read_journal(run_dir)))
 
 
-def report(run_dir: Path) -> list[Path]:
+def report(run_dir: Path, summary: Record | None = None) -> list[Path]:
     """Draw `plots/*.png` and write `report.html`. Returns the files written, the page last.
+
+    `summary` is what summary.json holds, or will hold: a run that ends writes that file last.
 
     Raises UserError if no epoch of the run has finished.
     """
@@ -76,7 +78,12 @@ def report(run_dir: Path) -> list[Path]:
         pictures[name] = png(draw())
         runs.atomic_write(run_dir / "plots" / f"{name}.png", pictures[name])
     page = run_dir / "report.html"
-    runs.atomic_write(page, _page(run_dir, about, records, epochs, counts, missing, pictures))
+    if summary is None:
+        path = run_dir / "summary.json"
+        summary = runs.read_json(path) if path.exists() else {}
+    assert summary is not None
+    content = _page(run_dir, about, records, epochs, counts, missing, pictures, summary)
+    runs.atomic_write(page, content)
     return [*(run_dir / "plots" / f"{name}.png" for name in pictures), page]
 
 
@@ -530,6 +537,7 @@ def _page(
     counts: np.ndarray | None,
     missing: str | None,
     pictures: dict[str, bytes],
+    summary: Record,
 ) -> str:
     from datetime import datetime
 
@@ -542,7 +550,6 @@ def _page(
     )
     best = best_epoch(epochs)
     k = epochs[-1]["top_k"]
-    summary = runs.read_json(path) if (path := run_dir / "summary.json").exists() else {}
     created = datetime.fromtimestamp(about["created"]).strftime("%Y-%m-%d %H:%M")
 
     tiles = []
@@ -554,7 +561,7 @@ def _page(
             (_number(best["val_loss"], "loss"), "validation loss"),
         ]
     tiles.append((duration(sum(r["seconds"] for r in epochs)), _epochs(len(epochs))))
-    if "parameters" in summary:
+    if summary.get("parameters") and summary.get("model_file_mb"):
         tiles.append(
             (f"{summary['parameters']:,}", f"parameters, {summary['model_file_mb']:.1f} MB")
         )

@@ -135,9 +135,11 @@ def read_journal(run_dir: Path) -> list[Record]:
         for r in records
         if r["kind"] == "attempt" or r.get("step", 0) <= taken_over.get(r["attempt"], math.inf)
     ]
-    # an earlier attempt's end (it failed, or was stopped) is no longer how the run ended
+    # an earlier end (the attempt failed, or was stopped) is no longer how the run ended
+    ends = [r for r in kept if r["kind"] == "end"]
     last = max(starts, default=0)
-    return [r for r in kept if r["kind"] != "end" or r["attempt"] == last]
+    superseded = ends[:-1] + [r for r in ends[-1:] if r["attempt"] < last]
+    return [r for r in kept if not any(r is end for end in superseded)]
 
 
 def parse_lines(lines: Iterable[bytes]) -> list[Record]:
