@@ -187,25 +187,16 @@ def _write_identity(config: Config, run_dir: Path, plan: Plan, counts: dict[str,
 
 def _git() -> tuple[str | None, bool]:
     """The commit that this code is of, and whether it was changed since."""
-    here = Path(__file__).parent
+
+    def ask(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 5}
+        return subprocess.run(command, check=True, **options).stdout.strip()
+
     try:
-        commit = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        ).stdout.strip()
-        status = subprocess.run(
-            ["git", "-C", str(here), "status", "--porcelain"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        ).stdout.strip()
+        return ask("rev-parse", "HEAD"), bool(ask("status", "--porcelain"))
     except (OSError, subprocess.SubprocessError):
         return None, False
-    return commit, bool(status)
 
 
 def _seen_before(config: Config, run_dir: Path, cache_dir: Path) -> list[dict[str, str]]:
