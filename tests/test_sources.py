@@ -6,9 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from potstill.config import Data, Decode, Split
-from potstill.data.sources import fingerprint, list_rows
+from potstill import registry
+from potstill.config import Data, Decode, EvaluateData, Split
+from potstill.data.sources import UNLABELED, Entry, Listing, fingerprint, list_rows
 from potstill.errors import UserError
+from potstill.evaluation import _data
 
 
 def fill(folder, names, content=b"x"):
@@ -246,6 +248,83 @@ def test_refused_selections(tmp_path):
     assert "data.max_samples must be >= 4" in refusal(tmp_path, max_samples=3)
     for share in (0.0, 1.0, -0.1, 1.5):
         assert "data.split.val must be > 0 and < 1" in refusal(tmp_path, split=Split(val=share))
+
+
+# ---------------------------------------------------------------------------------------- unlabelled
+def test_unlabelled_images_are_for_training(tmp_path):
+    flat(tmp_path / "labelled", ["a", "b"], 10)
+    names = [f"{i:02d}.jpg" for i in range(20)]
+    fill(tmp_path / "more" / "deep", [*names, "notes.txt"], b"more")
+    keys = {"unlabeled": str(tmp_path / "more")}
+    rows, alone = rows_of(tmp_path / "labelled", **keys), rows_of(tmp_path / "labelled")
+    more = [i for i, label in enumerate(rows.label) if label == UNLABELED]
+    assert [rows.path[i] for i in more] == [f"unlabeled/deep/{name}" for name in names]
+    assert set(rows.split[more]) == {"train"}
+    assert set(rows.weight[more]) == {1.0}
+    assert rows.open().read(more[0]) == b"more"
+    assert rows.open().read(0) == b"x"
+    assert rows.ignored == {".txt": 1}
+    # what is labelled stays as it is without them
+    assert {p: r for p, r in by_path(rows).items() if p[0] != "u"} == by_path(alone)
+    assert fingerprint(rows, Decode()) != fingerprint(alone, Decode())
+    some = rows_of(tmp_path / "labelled", max_samples=20, **keys)
+    assert Counter(some.label.tolist()) == {0: 5, 1: 5, -1: 10}
+    assert len(rows_of(tmp_path / "labelled", classes=["a", "b"], **keys)) == 40
+
+
+def test_an_unlabelled_folder_below_the_root_is_no_class(tmp_path):
+    flat(tmp_path, ["a", "b", "rest"], 4)
+    rows = rows_of(tmp_path, unlabeled=str(tmp_path / "rest"))
+    assert rows.classes == ["a", "b"]
+    assert len(rows) == 12
+    assert "must be a folder of images" in refusal(tmp_path, unlabeled=str(tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    assert "which holds none" in refusal(tmp_path, unlabeled=str(tmp_path / "empty"))
+
+
+def test_a_run_may_be_evaluated_on_another_kind_of_source():
+    own = Data(root="photos", source="manifest", unlabeled="more")
+    asked = _data(EvaluateData(root="photos.tar", source="tar"), own)
+    assert (asked.source, asked.root, asked.unlabeled) == ("tar", "photos.tar", None)
+    assert _data(EvaluateData(root="others.csv"), own).source == "manifest"
+    assert _data(EvaluateData(), own) == own
+
+
+# ------------------------------------------------------------------------------------------ plug-ins
+@pytest.fixture
+def plugged(monkeypatch):
+    """Registers a source for one test."""
+
+    def plug(listing):
+        monkeypatch.setitem(registry._KNOWN["source"], "mine", lambda data: listing)
+        return Data(source="mine")
+
+    return plug
+
+
+def test_what_a_plug_in_lists_is_checked(plugged):
+    def entries(*labels, **more):
+        return [Entry(f"{i}.jpg", label, **more) for i, label in enumerate(labels)]
+
+    good = plugged(Listing(entries(*[("a",), ("b",)] * 5), None, "mine"))
+    assert Counter(list_rows(good).split.tolist()) == {"train": 8, "val": 2}
+    for labels, expected in (
+        ([("a",), ("b",), ("a", "b")], "data.multi_label must be true"),
+        ([("a",), ("b",), ()], "got false and none for '2.jpg'"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            list_rows(plugged(Listing(entries(*labels), None, "mine")))
+    zero = entries(*[("a",), ("b",)] * 5, weight=0.0)
+    with pytest.raises(UserError, match=r"data\.columns\.weight must be above 0"):
+        list_rows(plugged(Listing(zero, None, "mine")))
+    split = entries(("a",), ("b",), ("a",), group="g")
+    split[0].split, split[2].split = "train", "val"
+    with pytest.raises(UserError, match=r"'g' must be in one split, got '0\.jpg' in train"):
+        list_rows(plugged(Listing(split, None, "mine")))
+    with pytest.raises(
+        UserError, match=r"data\.source must be one of folder, .*tar, got 'tarr'; did"
+    ):
+        list_rows(Data(source="tarr"))
 
 
 def test_a_folder_to_evaluate_on_may_be_less(tmp_path):
