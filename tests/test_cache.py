@@ -1,13 +1,15 @@
 """The cache on disk, as its readers see it."""
 
+import io
 import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from potstill.data.cache import open_cache, write_shard
+from potstill.data.cache import FORMAT, encode_jpeg, open_cache, write_shard
 from potstill.errors import UserError
 
 PX = 4
@@ -16,6 +18,10 @@ SPLIT_ROWS = {"train": [5, 1, 3], "val": [3]}  # odd counts: Arrow pads its buff
 
 @pytest.fixture
 def made(tmp_path):
+    return make(tmp_path)
+
+
+def make(tmp_path, jpeg_quality=None):
     """A cache of random pixels, and what was put in: {split: (images, ids, labels, hashes, paths)}."""
     rng = np.random.default_rng(0)
     shards, content = [], {}
@@ -32,20 +38,21 @@ def made(tmp_path):
             columns = {
                 "image": images[part],
                 "label": labels[part],
+                "weight": np.ones(rows),
                 "id": ids[part],
                 "sha256": hashes[part],
                 "path": paths[part],
                 "width": np.arange(start, start + rows),
                 "height": np.full(rows, 7),
             }
-            shards.append(
-                {"split": split, **write_shard(tmp_path, f"shard-{len(shards):05d}.arrow", columns)}
-            )
+            name = f"shard-{len(shards):05d}.arrow"
+            shards.append({"split": split, **write_shard(tmp_path, name, columns, jpeg_quality)})
             start += rows
         content[split] = (images, ids, labels, hashes, paths)
     manifest = {
-        "format": 1,
+        "format": FORMAT,
         "key": "k",
+        "pixels": "raw" if jpeg_quality is None else "jpeg",
         "classes": ["a", "b"],
         "decode": {"image_px": PX, "fit": "squash", "max_megapixels": 1.0},
         "counts": {split: sum(counts) for split, counts in SPLIT_ROWS.items()},
@@ -158,7 +165,7 @@ def test_what_is_no_cache(made, tmp_path):
     with pytest.raises(UserError, match="finished cache"):
         open_cache(folder)
     (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(UserError, match="format 1, got 99"):
+    with pytest.raises(UserError, match=f"format {FORMAT}, got 99"):
         open_cache(folder)
 
 
@@ -170,3 +177,62 @@ def test_many_shards_do_not_hold_many_files_open(made):
     reader = open_cache(folder).split("train")
     reader.read([0, 8])
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# ---------------------------------------------------------------------------------------------- jpeg
+def decoded(image, quality):
+    with Image.open(io.BytesIO(encode_jpeg(image, quality))) as im:
+        assert im.mode == "RGB"
+        return np.array(im)
+
+
+def test_jpeg_records_are_decoded_when_they_are_read(tmp_path):
+    folder, content = make(tmp_path, jpeg_quality=90)
+    cache = open_cache(folder, verify=True)
+    assert cache.pixels == "jpeg"
+    for split, (images, ids, *_) in content.items():
+        reader = cache.split(split)
+        expected = np.stack([decoded(image, 90) for image in images])
+        assert not np.array_equal(expected, images)
+        assert np.array_equal(reader.ids, ids)
+        assert np.array_equal(reader.read(np.arange(len(ids))), expected)
+        assert np.array_equal(reader.image(1), expected[1])
+        with pytest.raises(ValueError, match="read-only"):
+            reader.image(1)[:] = 0
+    reader, images = cache.split("train"), content["train"][0]
+    expected = np.stack([decoded(image, 90) for image in images])
+    rows = np.array([8, 0, 5, 5, 4, 6])
+    out = np.zeros((8, PX, PX, 3), np.uint8)
+    reader.read(rows, out=out[1:7])
+    assert np.array_equal(out[1:7], expected[rows])
+    assert not out[[0, 7]].any()
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(pickle.loads(pickle.dumps(reader)).read, [rows] * 40):
+            assert np.array_equal(got, expected[rows])
+
+
+def test_quality_is_what_is_asked_for_and_colours_are_not_subsampled():
+    image = np.zeros((16, 16, 3), np.uint8)
+    image[:, ::2] = (255, 0, 0)  # stripes of one pixel, which 4:2:0 would blend
+    error = [np.abs(decoded(image, q).astype(int) - image).mean() for q in (95, 30)]
+    assert error[0] < 6
+    assert error[1] > 2 * error[0]
+    assert len(encode_jpeg(image, 95)) > len(encode_jpeg(image, 30))
+
+
+@pytest.mark.parametrize("how", ["no jpeg", "another size"])
+def test_a_damaged_jpeg_is_named(tmp_path, how):
+    folder, content = make(tmp_path, jpeg_quality=90)
+    shard = folder / "shard-00000.arrow"
+    record = encode_jpeg(content["train"][0][2], 90)
+    other = b"\0" * len(record)
+    if how == "another size":
+        place = record.index(b"\xff\xc0") + 5  # the frame's header: its height and width
+        other = record[:place] + bytes([0, PX - 1, 0, PX]) + record[place + 4 :]
+    damaged = shard.read_bytes().replace(record, other)
+    assert damaged != shard.read_bytes()
+    shard.write_bytes(damaged)
+    reader = open_cache(folder).split("train")
+    reader.read([0, 1])
+    with pytest.raises(UserError, match=r"shard-00000.arrow is damaged: image 2.*jobs/prepare.py"):
+        reader.read([0, 2])

@@ -1,5 +1,6 @@
 """Prepare, with real files and a real Ray."""
 
+import fcntl
 import io
 import json
 import os
@@ -19,9 +20,10 @@ from rich.console import Console
 
 from potstill.config import Cache, Data, Decode
 from potstill.data import prepare as module
+from potstill.data import store
 from potstill.data.cache import open_cache
 from potstill.data.images import decode_image
-from potstill.data.prepare import check, prepare, print_report
+from potstill.data.prepare import check, prepare, prepared, print_report
 from potstill.errors import UserError
 
 PX = 8
@@ -70,7 +72,8 @@ def make_tree(root, each=12, classes=CLASSES):
 
 def keys(root, **more):
     cache = Cache(dir=str(root.parent / "cache"), **more.pop("cache", {}))
-    return Data(root=str(root), decode=Decode(image_px=PX, **more.pop("decode", {})), **more), cache
+    decode = Decode(**{"image_px": PX, **more.pop("decode", {})})
+    return Data(root=str(root), decode=decode, **more), cache
 
 
 def refusal(action, *args, **more):
@@ -260,7 +263,9 @@ assert not set(sys.modules) & {{"ray", "torch", "timm"}}
 assert time.monotonic() - started < 2
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert after.pop(".used") > before.pop(".used")
+    assert after == before
 
 
 def test_a_changed_source_makes_a_new_cache(tmp_path):
@@ -360,19 +365,213 @@ def test_the_estimate_of_bytes_is_not_below_what_is_written(tmp_path, small_shar
     assert sum(path.stat().st_size for path in folder.glob("shard-*")) <= needed
 
 
-def test_max_gb_counts_the_other_sets(tmp_path):
+def test_max_gb_holds_for_all_sets_and_the_oldest_goes(tmp_path, capsys):
     root = make_tree(tmp_path / "data")
-    data, cache = keys(root)
+    data, cache = keys(root, cache={"format": "raw"})
     needed = check(data, cache).bytes_needed
     cache.max_gb = needed * 0.9 / 1e9
     assert "cache.max_gb must be at least" in refusal(prepare, data, cache)
     assert not (tmp_path / "cache").exists()
-    cache.max_gb = needed * 1.1 / 1e9
-    prepare(data, cache)
+    cache.max_gb = needed * 1.5 / 1e9
+    first = prepare(data, cache).cache_dir
     data.decode.fit = "pad"
+    second = prepare(data, cache)
+    assert not first.exists()
+    assert open_cache(second.cache_dir, verify=True).decode.fit == "pad"
+    assert f"Evicted {first.name} (" in capsys.readouterr().out
+    assert prepare(data, cache).reused
+
+
+def test_a_build_claims_its_room_before_it_writes(tmp_path):
+    data, cache = keys(make_tree(tmp_path / "data"))
+    needed = check(data, cache).bytes_needed
+    seen = []
+    prepare(data, cache, lambda *_: seen.extend(store.stored_sets(tmp_path / "cache")))
+    assert all(s.users == ("its builder",) and s.bytes >= needed for s in seen)
+    assert seen[0].pending > 0.9 * needed
+    (after,) = store.stored_sets(tmp_path / "cache")
+    assert (after.users, after.pending) == ((), 0)
+
+
+def test_a_set_in_use_is_waited_for(tmp_path, capsys):
+    """The holder is another process: there would be nothing to wait for in this one."""
+    data, cache = keys(make_tree(tmp_path / "data"), cache={"format": "raw"})
+    cache.max_gb = check(data, cache).bytes_needed * 1.5 / 1e9
+    first = prepare(data, cache).cache_dir
+    data.decode.fit = "pad"
+    with store.hold(first, "run here"):
+        message = refusal(prepare, data, cache)
+        assert "cache.max_gb must have room for all sets that are used at once" in message
+        assert f"{first.name} (" in message
+    code = f"""
+from pathlib import Path
+from potstill.data import store
+with store.hold(Path({str(first)!r}), "run elsewhere"):
+    print("ready", flush=True)
+    input()
+"""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "ready\n"
+    results = []
+    waiting = threading.Thread(target=lambda: results.append(prepare(data, cache)))
+    waiting.start()
+    time.sleep(1.5)
+    assert waiting.is_alive()
+    assert not results
+    assert (first / "manifest.json").exists()
+    said = capsys.readouterr().out
+    assert said.count("Waiting for room: ") == 1
+    assert "run elsewhere, process" in said
+    holder.communicate("")
+    waiting.join(60)
+    assert open_cache(results[0].cache_dir, verify=True).decode.fit == "pad"
+    assert not first.exists()
+
+
+def test_a_set_that_is_evicted_before_it_is_opened_is_built_again(tmp_path, monkeypatch):
+    data, cache = keys(make_tree(tmp_path / "data"))
+    folder = prepare(data, cache).cache_dir
+    really = module._lock
+
+    def late(plan, progress):
+        if plan.finished:
+            assert store.evict(cache, plan.key) == [plan.key]
+        return really(plan, progress)
+
+    monkeypatch.setattr(module, "_lock", late)
+    with prepared(data, cache, "run") as again:
+        assert (again.cache_dir, again.reused) == (folder, False)
+        assert sum(open_cache(folder, verify=True).counts.values()) == 36
+        assert "run, process" in refusal(store.evict, cache, folder.name)
+    assert store.evict(cache, folder.name) == [folder.name]
+
+
+def test_who_waits_for_a_set_that_is_evicted_meanwhile_builds_it_again(tmp_path):
+    data, cache = keys(make_tree(tmp_path / "data"))
+    folder = prepare(data, cache).cache_dir
+    (folder / "manifest.json").unlink()  # a build that its owner has not finished
+    lock = os.open(folder / ".lock", os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    results = []
+    waiting = threading.Thread(target=lambda: results.append(prepare(data, cache)))
+    waiting.start()
+    time.sleep(0.4)
+    folder.rename(tmp_path / "gone")
+    os.close(lock)
+    waiting.join(60)
+    assert not results[0].reused
+    assert sum(open_cache(folder, verify=True).counts.values()) == 36
+
+
+def photos(root, each=12, px=96):
+    """Smooth images, which JPEG makes small."""
+    x, y = np.meshgrid(np.linspace(0, 1, px), np.linspace(0, 1, px))
+    for c, name in enumerate(CLASSES):
+        (root / name).mkdir(parents=True)
+        for i in range(each):
+            waves = [np.sin((2 + c) * x + i * y + k) * 100 + 128 for k in range(3)]
+            Image.fromarray(np.stack(waves, 2).astype(np.uint8)).save(root / name / f"{i:03d}.png")
+    return root
+
+
+def test_a_set_of_jpegs(tmp_path, small_shards):
+    root = photos(tmp_path / "data")
+    data, cache = keys(root, decode={"image_px": 64}, cache={"format": "jpeg", "jpeg_quality": 90})
+    plan = check(data, cache)
+    prepared = prepare(data, cache)
+    assert prepared.cache_dir == plan.folder
+    assert plan.source_key != plan.key
+    written = sum(path.stat().st_size for path in plan.folder.glob("shard-*.arrow"))
+    assert 0.6 * plan.bytes_needed < written <= plan.bytes_needed
+    found = open_cache(prepared.cache_dir, verify=True)
+    assert (found.pixels, found.manifest["jpeg_quality"]) == ("jpeg", 90)
+    cache.format = "raw"
+    raw = open_cache(prepare(data, cache).cache_dir)
+    assert raw.pixels == "raw"
+    assert raw.folder.name == plan.source_key
+    assert sum(path.stat().st_size for path in raw.folder.glob("shard-*.arrow")) > 3 * written
+    for split in ("train", "val"):
+        a, b = raw.split(split), found.split(split)
+        assert a.shard_rows == b.shard_rows  # the same order of an epoch
+        assert np.array_equal(a.ids, b.ids)
+        rows = np.arange(len(a))
+        off = np.abs(a.read(rows).astype(int) - b.read(rows))
+        assert 0 < off.mean() < 3
+    cache.format, cache.jpeg_quality = "jpeg", 80
+    assert check(data, cache).key not in (plan.key, raw.key)
+
+
+def test_a_broken_build_of_jpegs_goes_on(tmp_path, small_shards):
+    data, cache = keys(photos(tmp_path / "data"), cache={"format": "jpeg"})
+    folder = prepare(data, cache).cache_dir
+    sums = {path.name: path.read_bytes() for path in folder.glob("shard-*.arrow")}
+    (folder / "shard-00001.arrow").unlink()
+    report = prepare(data, cache).report
+    assert report["built"]["mended"] == ["shard-00001"]
+    assert {path.name: path.read_bytes() for path in folder.glob("shard-*.arrow")} == sums
+
+
+def test_auto_takes_raw_pixels_where_they_fit_else_jpegs_else_none(tmp_path, capsys):
+    data, cache = keys(photos(tmp_path / "data"), decode={"image_px": 64})
+    raw = check(data, cache)
+    assert (raw.pixels, raw.key) == ("raw", raw.source_key)
+    cache.max_gb = raw.bytes_needed * 0.6 / 1e9
+    plan = check(data, cache)
+    assert plan.pixels == "jpeg"
+    folder = prepare(data, cache).cache_dir
+    assert folder == plan.folder
+    said = capsys.readouterr().out
+    assert "cache.format=auto: images are kept as JPEGs" in said
+    assert f"cache.max_gb={cache.max_gb:g}" in said
+    cache.max_gb = None
+    assert check(data, cache).key == plan.key  # what is there is taken
+    assert check(data, cache, prefer=raw.key).key == raw.key
+    prepare(data, Cache(dir=cache.dir, format="raw"))
+    assert check(data, cache).key == raw.key  # raw first
+    assert check(data, cache, prefer=plan.key).key == plan.key
+    assert check(data, cache, prefer="neither").key == raw.key
+    shutil.rmtree(cache.dir)
+    cache.max_gb = 1e-6
+    message = refusal(check, data, cache)
+    assert "GB raw and about 0." in message
+    assert "GB as JPEGs" in message
+
+
+def test_native_pixels_stay_raw(tmp_path):
+    data, cache = keys(make_tree(tmp_path / "data"), decode={"fit": "native"})
+    cache.max_gb = 1e-6
+    message = refusal(check, data, cache)
+    assert "GB raw; raise it" in message
+    cache.format = "jpeg"
+    assert "cache.format must be raw or auto where data.decode.fit is native" in refusal(
+        check, data, cache
+    )
+
+
+def test_jpegs_that_turn_out_larger_than_the_samples_stop_before_the_budget_is_passed(
+    tmp_path, small_shards, monkeypatch
+):
+    data, cache = keys(photos(tmp_path / "data"), decode={"image_px": 64})
+    cache.format = "jpeg"
+    really = module._sampled_sizes
+    monkeypatch.setattr(
+        module, "_sampled_sizes", lambda plan, quality: [s // 4 for s in really(plan, quality)]
+    )
+    cache.max_gb = check(data, cache).bytes_needed * 1.05 / 1e9
     message = refusal(prepare, data, cache)
-    assert "1 other sets" in message
-    assert "delete a set's folder" in message
+    assert "cache.max_gb must have room for" in message
+    assert "of 36 images show" in message
+    (left,) = store.stored_sets(tmp_path / "cache")
+    assert left.users == ()
+    # where there is room, more of it is taken
+    cache.max_gb = 1.0
+    assert open_cache(prepare(data, cache).cache_dir, verify=True).counts == {
+        "train": 30,
+        "val": 6,
+    }
 
 
 def test_where_the_cache_cannot_be(tmp_path):
@@ -380,7 +579,13 @@ def test_where_the_cache_cannot_be(tmp_path):
     data, _ = keys(root)
     assert "must not be inside data.root" in refusal(check, data, Cache(dir=str(root / "cache")))
     check(data, Cache(dir=str(root / ".cache")))
+    assert "another folder than cache.dir" in refusal(
+        check, data, Cache(dir=str(root / ".cache"), local_dir=str(root / ".cache"))
+    )
     (tmp_path / "file").write_text("")
+    for local in (tmp_path / "file", tmp_path / "file" / "near"):
+        there = Cache(dir=str(root / ".cache"), local_dir=str(local))
+        assert "cache.local_dir must be a folder that can be written" in refusal(check, data, there)
     assert "must be a folder" in refusal(check, data, Cache(dir=str(tmp_path / "file" / "cache")))
 
 
@@ -444,3 +649,128 @@ def test_the_console_stays_quiet(tmp_path, capfd):
     prepare(*keys(make_tree(tmp_path / "data")))
     out, err = capfd.readouterr()
     assert out + err == ""
+
+
+# ------------------------------------------------------------------------------------ other sources
+def test_several_labels_weights_and_unlabelled_images_arrive(tmp_path, small_shards):
+    root = make_tree(tmp_path / "data")
+    make_tree(tmp_path / "more", each=5, classes=("any",))
+    names = {"ash": "old|tall", "beech": "", "cedar": "tall"}
+    lines = [
+        f"{name}/{i:03d}.png,{names[name]},{i / 4},{'val' if i < 3 else 'train'}"
+        for name in CLASSES
+        for i in range(12)
+    ]
+    (root / "list.csv").write_text("\n".join(["path,label,weight,split", *lines]))
+    data, cache_keys = keys(root, multi_label=True, unlabeled=str(tmp_path / "more"))
+    data.source, data.root = "manifest", str(root / "list.csv")
+    prepared = prepare(data, cache_keys)
+    cache = open_cache(prepared.cache_dir, verify=True)
+    assert cache.multi_label
+    assert cache.classes == ["old", "tall"]
+    train = cache.split("train")
+    assert len(train.shard_rows) > 1
+    hot = {"ash": [1, 1], "beech": [0, 0], "cedar": [0, 1], "unlabeled": [0, 0]}
+    labels = {"ash": 0, "beech": 2, "cedar": 1, "unlabeled": -1}
+    rows = np.random.default_rng(0).permutation(len(train))
+    targets = train.targets(rows)
+    assert (targets.dtype, targets.shape) == (np.float32, (32, 2))
+    for row, target in zip(rows, targets, strict=True):
+        name, _, file = train.paths[row].partition("/")
+        assert target.tolist() == hot[name]
+        assert train.labels[row] == labels[name]
+        assert train.classes_of(row) == names.get(name, "")
+        assert train.weights[row] == (1 if name == "unlabeled" else int(file[:3]) / 4)
+    assert train.class_counts().tolist() == [9, 18]
+    assert cache.split("test").targets([]).shape == (0, 2)
+    report = prepared.report
+    assert report["by_class"] == {"old": {"train": 9, "val": 3}, "tall": {"train": 18, "val": 6}}
+    assert report["unlabeled"] == 5
+    assert report["counts"] == {"train": 32, "val": 9}
+    console = Console(file=io.StringIO(), width=120)
+    print_report(report, console)
+    assert "5 images, for training" in console.file.getvalue()
+
+
+def test_one_label_unlabelled_images_and_what_is_bad_among_them(tmp_path):
+    root = make_tree(tmp_path / "data")
+    make_tree(tmp_path / "more", each=5, classes=("any",))
+    (tmp_path / "more" / "any" / "bad.png").write_bytes(b"")
+    data, cache_keys = keys(root, unlabeled=str(tmp_path / "more"))
+    prepared = prepare(data, cache_keys)
+    cache = open_cache(prepared.cache_dir)
+    train = cache.split("train")
+    assert Counter(train.targets(range(len(train))).tolist()) == {-1: 5, 0: 10, 1: 10, 2: 10}
+    assert train.class_counts().tolist() == [10, 10, 10]
+    bad = pq.read_table(prepared.cache_dir / "quarantine.parquet").to_pylist()
+    assert [(row["path"], row["class"]) for row in bad] == [("unlabeled/any/bad.png", "")]
+    found = prepared.report["duplicates"]
+    # those of `more` are the first of `ash`: what has no label contradicts none
+    assert (found["groups"], found["groups_across_classes"]) == (5, 0)
+    inside = Cache(dir=str(tmp_path / "more" / "cache"))
+    assert "must not be inside data.root or data.unlabeled" in refusal(check, data, inside)
+
+
+def test_a_source_of_ones_own_is_read_in_tasks(tmp_path, monkeypatch):
+    from potstill.registry import load_plugins
+
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "drawn_squares.py").write_text(
+        """
+import io
+
+from PIL import Image
+
+from potstill.data.sources import Entry, Listing
+from potstill.registry import register
+
+
+class Squares:
+    def read(self, entry):
+        sink = io.BytesIO()
+        Image.new("RGB", (16, 16), entry.place).save(sink, "PNG")
+        return sink.getvalue()
+
+
+@register("source", "squares")
+def squares(data):
+    names = ["black", "white"]
+    entries = [
+        Entry(f"{name}/{i}", (name,), place=(200 * (name == "white") + i,) * 3)
+        for name in names
+        for i in range(20)
+    ]
+    return Listing(entries, Squares(), "squares")
+"""
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "plugins"))
+    load_plugins(["drawn_squares"])
+    data = Data(source="squares", decode=Decode(image_px=PX))
+    prepared = prepare(data, Cache(dir=str(tmp_path / "cache")))
+    cache = open_cache(prepared.cache_dir)
+    assert cache.counts == {"train": 32, "val": 8}
+    reader = cache.split("val")
+    for row, path in enumerate(reader.paths):
+        name, _, i = path.partition("/")
+        assert (reader.image(row) == 200 * (name == "white") + int(i)).all()
+        assert cache.classes[reader.labels[row]] == name
+
+
+def test_images_in_parquet_are_staged_and_left_nowhere(tmp_path, small_shards):
+    import pyarrow as pa
+
+    images = [encoded(i) for i in range(30)]
+    table = pa.table({"image": images, "label": [CLASSES[i % 3] for i in range(30)]})
+    (tmp_path / "data").mkdir()
+    pq.write_table(table, tmp_path / "data" / "all.parquet", row_group_size=4)
+    data, cache_keys = keys(tmp_path / "data")
+    data.source = "parquet"
+    prepared = prepare(data, cache_keys)
+    assert not list(prepared.cache_dir.glob(".staged*"))
+    cache = open_cache(prepared.cache_dir)
+    for split in cache.counts:
+        reader = cache.split(split)
+        for row, path in enumerate(reader.paths):
+            i = int(path.removeprefix("all/"))
+            assert np.array_equal(reader.image(row), decode_image(images[i], data.decode))
+            assert reader.labels[row] == i % 3

@@ -3,8 +3,10 @@
 <cache.dir>/<key>/
     manifest.json         written last: without it this is no cache yet
     classes.json          the class names in the order of their index
-    shard-00000.arrow     one Arrow record batch: image [px*px*3] uint8, label, id, sha256 (of the image's
-                          file), path, width, height (of the whole image, in pixels)
+    shard-00000.arrow     one Arrow record batch: image (raw: [px*px*3] uint8, memory-mapped; jpeg: the bytes
+                          of a JPEG, decoded at every read), label (-1: unlabelled), labels (a list: only
+                          where an image may have several), weight, id, sha256 (of the image's file),
+                          path, width, height (of the whole image, in pixels)
     shard-00000.json      what prepare.py knows of that shard, so that an interrupted build can go on
     quarantine.parquet    the files left out: path, split, class, reason, detail
     report.json
@@ -12,8 +14,11 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,20 +26,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from potstill.config import Decode
+from potstill.data.store import LocalCopies
 from potstill.errors import UserError
 from potstill.runs import file_sha256, read_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT = 1
+FORMAT = 2
 
 
-def write_shard(folder: Path, name: str, columns: Mapping[str, Any]) -> dict[str, Any]:
+PIXELS = ("raw", "jpeg")
+MOST_DECODERS = 16
+
+
+def write_shard(
+    folder: Path, name: str, columns: Mapping[str, Any], jpeg_quality: int | None = None
+) -> dict[str, Any]:
     """Write one shard beside its name, sync it, rename it. Returns {"file", "rows", "bytes", "sha256"}.
 
-    `columns`: image uint8 [n, px, px, 3], contiguous; label and id [n]; sha256 n times 32 bytes; path n
-    strings; width and height [n].
+    Images are kept as they are, or, with a `jpeg_quality` of 1 to 100, as JPEGs of that quality.
+
+    `columns`: image uint8 [n, px, px, 3], contiguous; label, weight and id [n]; sha256 n times 32 bytes; path
+    n strings; width and height [n]; perhaps labels, n lists of indices.
     """
     import pyarrow as pa
 
@@ -45,15 +59,20 @@ def write_shard(folder: Path, name: str, columns: Mapping[str, Any]) -> dict[str
     assert image.flags.c_contiguous
     kinds = {
         "label": pa.int32(),
+        **({"labels": pa.list_(pa.int32())} if "labels" in columns else {}),
+        "weight": pa.float32(),
         "id": pa.int64(),
         "sha256": pa.binary(32),
         "path": pa.string(),
         "width": pa.int32(),
         "height": pa.int32(),
     }
-    pixels = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(record_bytes), rows, [None, pa.py_buffer(image)]
-    )
+    if jpeg_quality is not None:
+        pixels = pa.array([encode_jpeg(each, jpeg_quality) for each in image], pa.binary())
+    else:
+        pixels = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(record_bytes), rows, [None, pa.py_buffer(image)]
+        )
     arrays = [pixels, *(pa.array(columns[name], kind) for name, kind in kinds.items())]
     batch = pa.record_batch(arrays, names=["image", *kinds])
     beside = folder / f".{name}.{os.getpid()}.tmp"
@@ -74,10 +93,25 @@ def write_shard(folder: Path, name: str, columns: Mapping[str, Any]) -> dict[str
     return description
 
 
-def open_cache(folder: Path, verify: bool = False) -> Cache:
+def encode_jpeg(image: np.ndarray, quality: int) -> bytes:
+    """uint8 [px, px, 3] -> a JPEG; its colours are kept at full resolution (4:4:4)."""
+    from PIL import Image
+
+    sink = io.BytesIO()
+    Image.fromarray(image).save(sink, "JPEG", quality=quality, subsampling=0)
+    return sink.getvalue()
+
+
+def open_cache(
+    folder: Path,
+    verify: bool = False,
+    local_dir: str | Path | None = None,
+    max_gb: float | None = None,
+) -> Cache:
     """Open a finished cache. The sizes of its shards are compared, and their SHA-256 where `verify` is set.
 
-    Raises UserError where it is not finished or damaged.
+    With a `local_dir`, on a disk of this node, shards are copied there within `max_gb` before their images
+    are read (see store.LocalCopies). Raises UserError where the cache is not finished or damaged.
     """
     remedy = "run jobs/prepare.py with the same data and cache keys"
     try:
@@ -97,7 +131,7 @@ def open_cache(folder: Path, verify: bool = False) -> Cache:
                 f"cache: {folder / shard['file']} is damaged: {fault}; {remedy}"
                 f"{' and cache.verify=true' if verify else ''}: only what is damaged is built again"
             )
-    return Cache(folder, manifest)
+    return Cache(folder, manifest, local_dir, max_gb)
 
 
 def shard_fault(folder: Path, shard: Mapping[str, Any], verify: bool) -> str | None:
@@ -116,17 +150,33 @@ def shard_fault(folder: Path, shard: Mapping[str, Any], verify: bool) -> str | N
 class Cache:
     """A prepared set. It travels to another process as its folder."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]):
+    def __init__(
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        local_dir: str | Path | None = None,
+        max_gb: float | None = None,
+    ):
         self.folder = folder
         self.manifest = manifest
         self.key: str = manifest["key"]
         self.classes: list[str] = manifest["classes"]
         self.decode = Decode(**manifest["decode"])
         self.counts: dict[str, int] = manifest["counts"]
+        self.multi_label: bool = manifest.get("multi_label", False)
+        self.pixels: str = manifest.get("pixels", "raw")
         self._splits: dict[str, SplitReader] = {}
+        self._reopened_with = (False, local_dir, max_gb)
+        self._copies = None
+        if local_dir is not None:
+            self._copies = LocalCopies(folder, Path(local_dir).expanduser().absolute(), max_gb)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_cache, (self.folder,)
+        return open_cache, (self.folder, *self._reopened_with)
+
+    def path_of(self, shard: Mapping[str, Any]) -> Path:
+        """Where the images of a shard are read: on this node, where copies are kept."""
+        return self._copies.path(shard) if self._copies else self.folder / shard["file"]
 
     def split(self, name: str) -> SplitReader:
         """The reader of train, val or test; of no rows where the set has no such split."""
@@ -145,6 +195,7 @@ class SplitReader:
         self.shard_rows: list[int] = [s["rows"] for s in self._shards]
         self._ends = np.cumsum(self.shard_rows, dtype=np.int64)
         self._starts = self._ends - self.shard_rows
+        self._mapped: list[_Jpegs | np.ndarray | None] = [None] * len(self._shards)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen_split, (self.cache, self.name)
@@ -159,8 +210,53 @@ class SplitReader:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """[N] int64, index into the cache's classes."""
+        """[N] int64, index into the cache's K classes; -1: unlabelled.
+
+        Where an image may have several classes it is the rarest of them, and K where it has none.
+        """
         return self._column("label", np.int32).astype(np.int64)
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """[N] float32."""
+        return self._column("weight", np.float32)
+
+    def targets(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """What a loss compares with: int64 [n], -1 where unlabelled; where an image may have several classes,
+        float32 [n, K] of 0 and 1."""
+        rows = np.asarray(rows, np.int64)
+        if not self.cache.multi_label:
+            return self.labels[rows]
+        starts, values = self._several
+        hot = np.zeros((len(rows), len(self.cache.classes)), np.float32)
+        counts = starts[rows + 1] - starts[rows]
+        at = np.repeat(np.arange(len(rows)), counts)
+        within = np.arange(len(at)) - np.repeat(np.cumsum(counts) - counts, counts)
+        hot[at, values[np.repeat(starts[rows], counts) + within]] = 1
+        return hot
+
+    def classes_of(self, row: int) -> str:
+        """The names of a row's classes, with `|` between several; "" where it has none, or they are not known."""
+        label, classes = int(self.labels[row]), self.cache.classes
+        if self.cache.multi_label:
+            starts, values = self._several
+            return "|".join(classes[k] for k in values[starts[row] : starts[row + 1]])
+        return "" if label < 0 else classes[label]
+
+    def class_counts(self) -> np.ndarray:
+        """[K] int64: images of each class; one of several classes counts for each."""
+        every = self._several[1] if self.cache.multi_label else self.labels
+        return np.bincount(every[every >= 0], minlength=len(self.cache.classes))
+
+    @cached_property
+    def _several(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where each row's classes begin [N + 1], and the classes of all rows, one after the other."""
+        starts, values = [np.zeros(1, np.int64)], [np.empty(0, np.int64)]
+        for batch in self._batches:
+            column = batch.column("labels")
+            starts.append(column.offsets.to_numpy()[1:].astype(np.int64) + starts[-1][-1])
+            values.append(column.values.to_numpy().astype(np.int64))
+        return np.concatenate(starts), np.concatenate(values)
 
     @cached_property
     def hashes(self) -> np.ndarray:
@@ -189,17 +285,26 @@ class SplitReader:
             raise IndexError(f"rows must be in [0, {len(self)}), got {rows.min()} to {rows.max()}")
         shard_of = np.searchsorted(self._ends, rows, side="right")
         within = rows - self._starts[shard_of]
-        images = self._images
-        for i, (shard, row) in enumerate(zip(shard_of.tolist(), within.tolist(), strict=True)):
-            out[i] = images[shard][row]
+
+        def fill(part: range) -> None:
+            for i in part:
+                out[i] = self._images(int(shard_of[i]))[int(within[i])]
+
+        everything = range(len(rows))
+        if self.cache.pixels == "raw" or len(rows) == 1:
+            fill(everything)
+        else:
+            pool, threads = _decoders()
+            for _ in pool.map(fill, [everything[k::threads] for k in range(threads)]):
+                pass  # to raise what was raised
         return out
 
     def image(self, row: int) -> np.ndarray:
-        """uint8 [px, px, 3], a view into the cache that cannot be written to."""
+        """uint8 [px, px, 3] that cannot be written to: a view into the cache where its pixels are raw."""
         if not 0 <= row < len(self):
             raise IndexError(f"row must be in [0, {len(self)}), got {row}")
         shard = int(np.searchsorted(self._ends, row, side="right"))
-        return self._images[shard][row - int(self._starts[shard])]
+        return self._images(shard)[row - int(self._starts[shard])]
 
     def row_of(self, sample_id: int) -> int:
         """The row of a sample. Raises KeyError where this split has no such id."""
@@ -214,26 +319,69 @@ class SplitReader:
 
     @cached_property
     def _batches(self) -> list[pa.RecordBatch]:
-        import pyarrow as pa
+        return [_map(self.cache.folder / shard["file"]) for shard in self._shards]
 
-        batches = []
-        for shard in self._shards:
-            # the mapping lives as long as the batch; the file need not stay open, and there may be thousands
-            with pa.memory_map(str(self.cache.folder / shard["file"])) as source:
-                batches.append(pa.ipc.open_file(source).get_batch(0))
-        return batches
-
-    @cached_property
-    def _images(self) -> list[np.ndarray]:
-        px = self.cache.decode.image_px
-        return [
-            _values(batch, "image", np.dtype(np.uint8)).reshape(-1, px, px, 3)
-            for batch in self._batches
-        ]
+    def _images(self, shard: int) -> _Jpegs | np.ndarray:
+        """The images of a shard, mapped when they are first asked for; two threads may do so at once."""
+        if (known := self._mapped[shard]) is None:
+            about, px = self._shards[shard], self.cache.decode.image_px
+            path = self.cache.path_of(about)
+            in_place = path.parent == self.cache.folder
+            batch = self._batches[shard] if in_place else _map(path)
+            if self.cache.pixels == "jpeg":
+                known = _Jpegs(batch, px, self.cache.folder / about["file"])
+            else:
+                known = _values(batch, "image", np.dtype(np.uint8)).reshape(-1, px, px, 3)
+            self._mapped[shard] = known
+        return known
 
     def _column(self, name: str, kind: Any) -> np.ndarray:
         parts = [_values(batch, name, np.dtype(kind)) for batch in self._batches]
         return np.concatenate(parts) if parts else np.empty(0, kind)
+
+
+def _map(path: Path) -> pa.RecordBatch:
+    import pyarrow as pa
+
+    # the mapping lives as long as the batch; the file need not stay open, and there may be thousands
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_file(source).get_batch(0)
+
+
+class _Jpegs:
+    """The images of a jpeg shard, each decoded when it is asked for. Safe in several threads."""
+
+    def __init__(self, batch: pa.RecordBatch, px: int, path: Path):
+        _, starts, content = batch.column("image").buffers()
+        self._starts = np.frombuffer(starts, np.int32, batch.num_rows + 1)
+        self._content = memoryview(content)
+        self._px, self._path = px, path
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        from PIL import Image
+
+        content = self._content[self._starts[row] : self._starts[row + 1]]
+        try:
+            with Image.open(io.BytesIO(content), formats=("JPEG",)) as im:
+                image = np.array(im)
+        except OSError as error:
+            fault = str(error)
+        else:
+            if image.shape == (self._px, self._px, 3):
+                image.flags.writeable = False
+                return image
+            fault = f"{image.shape} instead of {self._px} x {self._px} pixels"
+        raise UserError(
+            f"cache: {self._path} is damaged: image {row}: {fault}; run jobs/prepare.py with the same data and cache "
+            "keys and cache.verify=true: only what is damaged is built again"
+        )
+
+
+@functools.cache
+def _decoders() -> tuple[ThreadPoolExecutor, int]:
+    """Threads that decode JPEGs: Pillow lets go of Python's lock meanwhile. And how many."""
+    threads = min(MOST_DECODERS, len(os.sched_getaffinity(0)))
+    return ThreadPoolExecutor(threads, thread_name_prefix="decode-jpeg"), threads
 
 
 def _values(batch: pa.RecordBatch, name: str, kind: np.dtype) -> np.ndarray:

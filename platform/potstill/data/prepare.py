@@ -16,23 +16,40 @@ import json
 import logging
 import os
 import pickle
-import shutil
-import stat
+import sys
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from potstill import console
-from potstill.data import images
-from potstill.data.cache import FORMAT, Cache, open_cache, shard_fault, write_shard
-from potstill.data.sources import SPLITS, Rows, fingerprint, list_rows, printable
+from potstill.data import images, store
+from potstill.data.cache import (
+    FORMAT,
+    Cache,
+    encode_jpeg,
+    open_cache,
+    shard_fault,
+    write_shard,
+)
+from potstill.data.files import REQUESTS_AT_ONCE
+from potstill.data.sources import (
+    SPLITS,
+    UNLABELED,
+    Opened,
+    Rows,
+    fingerprint,
+    list_rows,
+    printable,
+)
 from potstill.errors import UserError
 from potstill.runs import atomic_write, read_json, write_json
 
@@ -48,7 +65,8 @@ SMALL_SHARD_ROWS = 256
 PARALLEL_SHARDS = (
     32  # a set with less than SHARD_BYTES for each is cut into this many, if they are not tiny
 )
-SPACE_MARGIN = 1.05
+JPEG_SAMPLES = 32
+WAIT_S = 1.0
 
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all)."""
@@ -79,6 +97,23 @@ class Plan:
     shards: list[Shard]
     bytes_needed: int
     """What is still to be written, in bytes."""
+    source_key: str
+    """What the source and the decoding alone make of the key: that of the set whose pixels are raw."""
+    jpeg_quality: int | None
+    """None: raw pixels."""
+    finished: bool = False
+    """It was there when it was looked for."""
+    note: str = ""
+    """Why cache.format=auto has not chosen raw pixels."""
+
+    @property
+    def pixels(self) -> str:
+        """raw | jpeg."""
+        return "raw" if self.jpeg_quality is None else "jpeg"
+
+    @property
+    def bytes_present(self) -> int:
+        return sum(_size(self.folder / s.file) for s in self.shards)
 
 
 @dataclass(frozen=True)
@@ -88,25 +123,29 @@ class Prepared:
     reused: bool
 
 
-def check(data: config.Data, cache: config.Cache, for_training: bool = True) -> Plan:
-    """Everything that can be refused without opening an image; takes seconds and needs no Ray.
+def check(
+    data: config.Data, cache: config.Cache, for_training: bool = True, prefer: str | None = None
+) -> Plan:
+    """Everything that can be refused before images are read; takes seconds and needs no Ray.
 
-    `for_training=False` is for a folder to evaluate on: see sources.list_rows.
+    Only where a set of JPEGs is to be built are a few images opened: its size depends on them.
+    `for_training=False` is for a folder to evaluate on: see sources.list_rows. `prefer` is the key of the
+    set that cache.format=auto is to choose if it is one of this source: a run goes on with the pixels that
+    it began with.
 
     Raises UserError.
     """
     rows = list_rows(data, for_training)
     root = Path(cache.dir).expanduser().absolute()
-    _refuse_cache_dir(root, rows.root)
+    _refuse_cache_dir(root, rows.walked)
+    _refuse_local_dir(root, cache.local_dir)
     key = fingerprint(rows, data.decode)
-    folder = root / key
     shards = _plan_shards(rows, data.decode)
-    needed = 0
-    if not (folder / "manifest.json").exists():
-        present = sum(_size(folder / s.file) for s in shards)
-        needed = max(0, _bytes_of(rows, data.decode, len(shards)) - present)
-        _refuse_space(root, folder, needed, present, cache.max_gb)
-    return Plan(rows, key, folder, data.decode, shards, needed)
+    plans = []
+    for quality in _qualities(cache, data.decode):
+        own = key if quality is None else _jpeg_key(key, quality)
+        plans.append(Plan(rows, own, root / own, data.decode, shards, 0, key, quality))
+    return _choose([p for p in plans if p.key == prefer] or plans, cache)
 
 
 def prepare(
@@ -117,22 +156,75 @@ def prepare(
 ) -> Prepared:
     """The cache of a source: the one on disk where it fits, else it is built. Ray is started only to build.
 
-    Another process that prepares the same key is waited for.
+    Another process that prepares the same key is waited for, and so is room, where sets that are in use
+    leave none. What is returned may be evicted at any time: who reads it takes `prepared`.
 
     Raises UserError where the source, the space, or what the images turn out to be does not allow it.
     """
-    plan = check(data, cache, for_training)
-    with _lock(plan, progress):
-        reused = _is_ready(plan, cache.verify)
-        if not reused:
-            _build(plan, data, cache.verify, progress, for_training)
-        report = read_json(plan.folder / "report.json")
-        _refuse_unusable(report, plan.folder, data.max_bad_fraction, for_training)
-    return Prepared(plan.folder, report, reused)
+    with ExitStack() as stack:
+        return _prepare(data, cache, progress, for_training, None, "jobs/prepare.py", stack)
+
+
+@contextmanager
+def prepared(
+    data: config.Data,
+    cache: config.Cache,
+    user: str,
+    for_training: bool = True,
+    prefer: str | None = None,
+) -> Iterator[Prepared]:
+    """As prepare_shown; the set is not evicted as long as the block runs. `user` is what others see it used by.
+
+    `prefer`: see `check`.
+    """
+    with ExitStack() as stack:
+        with _bar() as show:
+            found = _prepare(data, cache, show, for_training, prefer, user, stack)
+        yield found
+
+
+def _prepare(
+    data: config.Data,
+    cache: config.Cache,
+    progress: Progress | None,
+    for_training: bool,
+    prefer: str | None,
+    user: str,
+    stack: ExitStack,
+) -> Prepared:
+    """The set, which `stack` keeps from being evicted."""
+    plan = check(data, cache, for_training, prefer)
+    waiting = False
+    while True:
+        with _lock(plan, progress) as lock:
+            reused = _is_ready(plan, cache.verify)
+            if plan.finished and not (plan.folder / "manifest.json").exists():
+                # evicted since: now it is a set that needs room
+                plan = check(data, cache, for_training, plan.key)
+                continue
+            room = None if reused else _take_room(plan, cache, lock)
+            if room is None or room.fits:
+                if not reused:
+                    _build(plan, data, cache, progress, for_training, lock)
+                report = read_json(plan.folder / "report.json")
+                _refuse_unusable(report, plan.folder, data.max_bad_fraction, for_training)
+                stack.enter_context(store.hold(plan.folder, user))
+                return Prepared(plan.folder, report, reused)
+        # who waits lets go of the lock: the shards it has may be what another one waits for
+        if not room.could_fit:
+            _refuse_space([(plan, room)], cache)
+        waiting = _wait(plan, room, cache, waiting)
 
 
 def prepare_shown(data: config.Data, cache: config.Cache, for_training: bool = True) -> Prepared:
     """`prepare`, with a progress bar where there is something to build."""
+    with _bar() as show:
+        return prepare(data, cache, show, for_training)
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    """A progress bar that appears with the first number."""
     with ExitStack() as stack:
         bar: list[Callable[[float], None]] = []
 
@@ -141,7 +233,7 @@ def prepare_shown(data: config.Data, cache: config.Cache, for_training: bool = T
                 bar.append(stack.enter_context(console.progress("Preparing images", total)))
             bar[0](done)
 
-        return prepare(data, cache, show, for_training)
+        yield show
 
 
 # ---------------------------------------------------------------------------------------------- plan
@@ -163,8 +255,74 @@ def _record_bytes(decode: config.Decode) -> int:
     return decode.image_px**2 * 3
 
 
-def _bytes_of(rows: Rows, decode: config.Decode, shards: int) -> int:
-    return len(rows) * (_record_bytes(decode) + 64) + sum(map(len, rows.path)) + shards * 8192
+def _qualities(cache: config.Cache, decode: config.Decode) -> list[int | None]:
+    """The JPEG qualities that cache.format allows, None for raw pixels, in the order of preference."""
+    if decode.fit == "native" and cache.format == "jpeg":
+        raise UserError(
+            "cache.format must be raw or auto where data.decode.fit is native, got 'jpeg': native pixels are kept for "
+            "their traces, which a JPEG does not keep"
+        )
+    if cache.format == "raw" or decode.fit == "native":
+        return [None]
+    return [cache.jpeg_quality] if cache.format == "jpeg" else [None, cache.jpeg_quality]
+
+
+def _jpeg_key(key: str, quality: int) -> str:
+    return hashlib.blake2b(f"{key} jpeg {quality}".encode(), digest_size=8).hexdigest()
+
+
+def _choose(plans: list[Plan], cache: config.Cache) -> Plan:
+    """Of the sets that cache.format allows: one that is there, else one that fits, else one that could."""
+    for plan in plans:
+        if (plan.folder / "manifest.json").exists():
+            return dataclasses.replace(plan, finished=True)
+    found: list[tuple[Plan, store.Room]] = []
+    for plan in plans:
+        needed = max(0, _bytes_of(plan) - plan.bytes_present)
+        plan = dataclasses.replace(plan, bytes_needed=needed, note=_note(found, needed, cache))
+        room = store.room_for(plan.folder.parent, plan.folder, needed, cache.max_gb)
+        if room.fits:
+            return plan
+        found.append((plan, room))
+    for plan, room in found:
+        if room.could_fit:
+            return plan
+    _refuse_space(found, cache)
+
+
+def _note(before: list[tuple[Plan, store.Room]], needed: int, cache: config.Cache) -> str:
+    if not before:
+        return ""
+    raw, room = before[0]
+    limit = "" if cache.max_gb is None else f"cache.max_gb={cache.max_gb:g} and "
+    return (
+        f"cache.format=auto: images are kept as JPEGs, about {store.gigabytes(needed)}; raw pixels need "
+        f"{store.gigabytes(raw.bytes_needed)}, more than {limit}{store.gigabytes(room.free_bytes)} of free disk leave"
+    )
+
+
+def _bytes_of(plan: Plan) -> int:
+    """What a set takes in all, in bytes; of JPEGs an estimate from some of the images."""
+    record = float(_record_bytes(plan.decode))
+    if plan.jpeg_quality is not None and (sizes := _sampled_sizes(plan, plan.jpeg_quality)):
+        # the mean of so few is off by two of its standard errors, at times
+        record = float(np.mean(sizes) + 2 * np.std(sizes) / len(sizes) ** 0.5)
+    texts = sum(map(len, plan.rows.path)) + 4 * sum(1 + len(k) for k in plan.rows.labels or ())
+    return round(len(plan.rows) * (record + 64)) + texts + len(plan.shards) * 8192
+
+
+def _sampled_sizes(plan: Plan, quality: int) -> list[int]:
+    """Bytes of some images of the source as JPEGs; bad ones are left out."""
+    at = np.unique(np.linspace(0, len(plan.rows) - 1, JPEG_SAMPLES).astype(int))
+    rows = plan.rows.part(at)
+    reader = rows.open()
+    sizes = []
+    for i in range(len(at)):
+        with suppress(images.BadImage, OSError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = images.decode_image(_read(reader, rows, i, plan.decode), plan.decode)
+            sizes.append(len(encode_jpeg(image, quality)))
+    return sizes
 
 
 def _size(path: Path) -> int:
@@ -174,12 +332,15 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _refuse_cache_dir(root: Path, source: Path) -> None:
-    if root.resolve().is_relative_to(source.resolve()):
+def _refuse_cache_dir(root: Path, walked: list[Path]) -> None:
+    for source in walked:
+        if not root.resolve().is_relative_to(source.resolve()):
+            continue
         inside = root.resolve().relative_to(source.resolve())
         if not any(part.startswith(".") for part in inside.parts):
             raise UserError(
-                f"cache.dir must not be inside data.root, got {str(root)!r}: its files would count as images; set cache.dir"
+                f"cache.dir must not be inside data.root or data.unlabeled, got {str(root)!r}: its files would count as "
+                "images; set cache.dir"
             )
     existing = _existing(root)
     if not existing.is_dir():
@@ -198,39 +359,76 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _refuse_space(
-    root: Path, folder: Path, needed: int, present: int, max_gb: float | None
-) -> None:
-    if max_gb is not None:
-        others = [
-            f for f in root.glob("*") if f.is_dir() and f != folder and (f / ".lock").exists()
-        ]
-        held = sum(_size(f) for other in others for f in other.iterdir())
-        if held + present + needed > max_gb * 1e9:
-            raise UserError(
-                f"cache.max_gb must be at least {(held + present + needed) / 1e9:.3f} for this set, got {max_gb:g}: it takes "
-                f"{(present + needed) / 1e9:.3f} GB, and {len(others)} other sets in {str(root)!r} take {held / 1e9:.3f} GB; "
-                "raise it, delete a set's folder, or take a smaller data.decode.image_px or data.max_samples"
-            )
-    free = shutil.disk_usage(_existing(root)).free
-    if needed * SPACE_MARGIN > free:
+def _refuse_local_dir(root: Path, local_dir: str | None) -> None:
+    if local_dir is None:
+        return
+    local = Path(local_dir).expanduser().absolute()
+    if local.resolve() == root.resolve():
         raise UserError(
-            f"cache.dir must have {needed * SPACE_MARGIN / 1e9:.3f} GB free for this set, got {free / 1e9:.3f} GB at {str(root)!r}; "
-            "free some, set cache.dir to another disk, or take a smaller data.decode.image_px or data.max_samples"
+            f"cache.local_dir must be another folder than cache.dir, got {local_dir!r} for both; it is for copies on this "
+            "node's own disk: set it to null where cache.dir is on that disk already"
         )
+    existing = _existing(local)
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"cache.local_dir must be a folder that can be written, got {local_dir!r}; set it to another one, or to null"
+        )
+
+
+def _refuse_space(found: list[tuple[Plan, store.Room]], cache: config.Cache) -> NoReturn:
+    """Each of these sets is too large, whoever else leaves."""
+    wholes = [plan.bytes_needed + plan.bytes_present for plan, _ in found]
+    sizes = " and ".join(
+        f"{'about ' if plan.jpeg_quality else ''}{whole / 1e9:.3f} GB {'as JPEGs' if plan.jpeg_quality else 'raw'}"
+        for (plan, _), whole in zip(found, wholes, strict=True)
+    )
+    smaller = "take a smaller data.decode.image_px or data.max_samples"
+    if cache.max_gb is not None and min(wholes) > cache.max_gb * 1e9:
+        least = -(-min(wholes) // 10**6) / 1e3
+        raise UserError(
+            f"cache.max_gb must be at least {least:.3f} for this set, got {cache.max_gb:g}: it takes {sizes}; "
+            f"raise it, or {smaller}"
+        )
+    needed = min(plan.bytes_needed for plan, _ in found) * store.SPACE_MARGIN
+    root = str(found[0][0].folder.parent)
+    raise UserError(
+        f"cache.dir must have {needed / 1e9:.3f} GB free for this set, got {found[0][1].free_bytes / 1e9:.3f} GB at "
+        f"{root!r} (it takes {sizes}); free some (jobs/prepare.py --evict lru), set cache.dir to another disk, or {smaller}"
+    )
+
+
+def _wait(plan: Plan, room: store.Room, cache: config.Cache, said: bool) -> bool:
+    """Wait a moment for room, and say so once. Raises UserError where it is this process that has taken it."""
+    used = "; ".join(
+        f"{s.key} ({store.gigabytes(s.bytes)}) by {', '.join(s.users)}" for s in room.blocking
+    )
+    needs = (
+        f"{store.gigabytes(plan.bytes_needed)} are needed within cache.max_gb={cache.max_gb} in "
+        f"{plan.folder.parent}, where others are in use: {used}"
+    )
+    if room.only_here:
+        raise UserError(
+            f"cache.max_gb must have room for all sets that are used at once: {needs}; raise it, or let go of a set first"
+        )
+    if not said:
+        console.say(f"Waiting for room: {needs} (Ctrl-C stops)")
+    time.sleep(WAIT_S)
+    return True
 
 
 # --------------------------------------------------------------------------------------- one at a time
 @contextmanager
-def _lock(plan: Plan, progress: Progress | None) -> Iterator[None]:
-    """Wait until no other process prepares this key; meanwhile report what it has done."""
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(plan.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+def _lock(plan: Plan, progress: Progress | None) -> Iterator[int]:
+    """Wait until no other process prepares this key; meanwhile report what it has done. Yields the lock's handle."""
+    handle = _open_lock(plan.folder)
     try:
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                if store.is_same(handle, plan.folder / ".lock"):
+                    break
+                os.close(handle)  # the set was evicted meanwhile
+                handle = _open_lock(plan.folder)
             except BlockingIOError:
                 if progress:
                     done = sum(
@@ -238,9 +436,55 @@ def _lock(plan: Plan, progress: Progress | None) -> Iterator[None]:
                     )
                     progress(done, len(plan.rows))
                 time.sleep(0.25)
-        yield
+        yield handle
     finally:
         os.close(handle)
+
+
+def _open_lock(folder: Path) -> int:
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # evicted in this moment
+            return os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+
+
+def _take_room(plan: Plan, cache: config.Cache, lock: int) -> store.Room:
+    """Make room for what is to be written, and keep it as long as `lock` is held."""
+    needed = plan.bytes_needed
+    if plan.finished:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            shards = read_json(plan.folder / "manifest.json")["shards"]
+            needed = max(0, sum(s["bytes"] for s in shards) - plan.bytes_present)
+    root = plan.folder.parent
+    with store.locked(root):
+        room = store.make_room(root, plan.folder, needed, cache.max_gb)
+        if room.fits:
+            _reserve(lock, plan.bytes_present + needed)
+    return room
+
+
+def _keep_room(plan: Plan, cache: config.Cache, lock: int, written: int, images: int) -> None:
+    """Where JPEGs turn out larger than estimated: take more room for the rest, or stop when it is used up."""
+    reserved = int(os.pread(lock, 32, 0) or 0)
+    whole = round(written / max(images, 1) * len(plan.rows) * 1.01)
+    if whole <= reserved:
+        return
+    root = plan.folder.parent
+    with store.locked(root):
+        room = store.make_room(root, plan.folder, whole - written, cache.max_gb)
+        if room.fits:
+            _reserve(lock, whole)
+        elif written > reserved:
+            raise UserError(
+                f"cache.max_gb must have room for {whole / 1e9:.3f} GB of JPEGs, as the first {images:,} of {len(plan.rows):,} "
+                f"images show (estimated were {reserved / 1e9:.3f} GB), got {cache.max_gb}; raise it, free some space, "
+                "or take a lower cache.jpeg_quality: what is done is kept"
+            )
+
+
+def _reserve(lock: int, size: int) -> None:
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, str(size).encode(), 0)
 
 
 def _is_ready(plan: Plan, verify: bool) -> bool:
@@ -255,13 +499,21 @@ def _is_ready(plan: Plan, verify: bool) -> bool:
 
 # --------------------------------------------------------------------------------------------- build
 def _build(
-    plan: Plan, data: config.Data, verify: bool, progress: Progress | None, for_training: bool
+    plan: Plan,
+    data: config.Data,
+    cache: config.Cache,
+    progress: Progress | None,
+    for_training: bool,
+    lock: int,
 ) -> None:
+    """`lock`: the handle of the set's lock, whose content is the room that is kept for it."""
+    if plan.note:
+        console.say(plan.note)
     started = time.monotonic()
     for leftover in plan.folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
     descriptions = {
-        s.name: d for s in plan.shards if (d := _kept(plan.folder, plan.rows, s, verify))
+        s.name: d for s in plan.shards if (d := _kept(plan.folder, plan.rows, s, cache.verify))
     }
     # a finished cache that lost a shard is none until it has it again
     mended = (plan.folder / "manifest.json").exists()
@@ -270,10 +522,13 @@ def _build(
     done = sum(d["planned"] for d in descriptions.values())
     if progress:
         progress(done, len(plan.rows))
-    built = 0
+    built, written = 0, sum(d.get("bytes", 0) for d in descriptions.values())
     for description in _run(plan, todo) if todo else ():
         descriptions[description["name"]] = description
         built += description["planned"]
+        written += description.get("bytes", 0)
+        if plan.jpeg_quality is not None:
+            _keep_room(plan, cache, lock, written, done + built)
         if progress:
             progress(done + built, len(plan.rows))
     seconds = time.monotonic() - started
@@ -293,6 +548,7 @@ def _build(
     write_json(plan.folder / "report.json", report)
     _refuse_unusable(report, plan.folder, data.max_bad_fraction, for_training)
     write_json(plan.folder / "manifest.json", manifest)
+    os.ftruncate(lock, 0)  # what is written counts by itself
 
 
 def _kept(folder: Path, rows: Rows, shard: Shard, verify: bool) -> dict[str, Any] | None:
@@ -322,9 +578,12 @@ def _manifest(plan: Plan, descriptions: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "key": plan.key,
+        "pixels": plan.pixels,
+        "jpeg_quality": plan.jpeg_quality,
         "root": str(plan.rows.root),
         "created": time.time(),
         "classes": plan.rows.classes,
+        "multi_label": plan.rows.labels is not None,
         "decode": dataclasses.asdict(plan.decode),
         "counts": {
             split: n for split, n in counts.items() if n or (plan.rows.split == split).any()
@@ -335,6 +594,14 @@ def _manifest(plan: Plan, descriptions: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _run(plan: Plan, shards: list[Shard]) -> Iterator[dict[str, Any]]:
     """Build shards on all cores; their descriptions, in the order in which they are done."""
+    at = np.concatenate([s.rows for s in shards])
+    with ExitStack() as stack:
+        with _said_when_full(plan.folder):
+            rows = stack.enter_context(plan.rows.staged(plan.folder, at))
+        yield from _run_tasks(plan, rows, shards)
+
+
+def _run_tasks(plan: Plan, rows: Rows, shards: list[Shard]) -> Iterator[dict[str, Any]]:
     from potstill.cluster import start_ray
 
     ours = start_ray()  # before ray is imported: it reads its environment then
@@ -350,7 +617,8 @@ def _run(plan: Plan, shards: list[Shard]) -> Iterator[dict[str, Any]]:
         handler.setLevel(logging.CRITICAL)
     try:
         with ray.data.DataContext.current(context):
-            items = [{"job": pickle.dumps(_job(plan, s))} for s in shards]
+            path = json.dumps(sys.path)
+            items = [{"job": pickle.dumps(_job(plan, rows, s)), "sys_path": path} for s in shards]
             dataset = ray.data.from_items(items, override_num_blocks=len(items))
             for row in dataset.map(_run_job).iter_rows():
                 description = json.loads(row["description"])
@@ -370,35 +638,21 @@ class _Job:
     name: str
     split: str
     folder: Path
-    root: Path
     decode: config.Decode
-    classes: list[str]  # of each row
-    path: list[str]
-    size: np.ndarray
-    mtime_ns: np.ndarray
-    label: np.ndarray
-    id: np.ndarray
+    rows: Rows
+    """Those of this shard."""
+    jpeg_quality: int | None
 
 
-def _job(plan: Plan, shard: Shard) -> _Job:
-    rows, at = plan.rows, shard.rows
-    return _Job(
-        name=shard.name,
-        split=shard.split,
-        folder=plan.folder,
-        root=rows.root,
-        decode=plan.decode,
-        classes=[rows.classes[i] for i in rows.label[at]],
-        path=[rows.path[i] for i in at],
-        size=rows.size[at],
-        mtime_ns=rows.mtime_ns[at],
-        label=rows.label[at],
-        id=rows.id[at],
-    )
+def _job(plan: Plan, rows: Rows, shard: Shard) -> _Job:
+    part = rows.part(shard.rows)
+    return _Job(shard.name, shard.split, plan.folder, plan.decode, part, plan.jpeg_quality)
 
 
 def _run_job(row: dict[str, Any]) -> dict[str, Any]:
     """What a Ray Data task does. A mistake of the user's comes back as a message: Ray would wrap it in a traceback."""
+    # a plug-in's reader is imported when the job is unpickled
+    sys.path.extend(p for p in json.loads(row["sys_path"]) if p not in sys.path)
     try:
         description = _build_shard(pickle.loads(row["job"]))
     except UserError as error:
@@ -408,18 +662,18 @@ def _run_job(row: dict[str, Any]) -> dict[str, Any]:
 
 def _build_shard(job: _Job) -> dict[str, Any]:
     """Read, decode, write a shard and its sidecar. Returns the sidecar's content."""
-    px = job.decode.image_px
-    pixels = np.empty((len(job.path), px, px, 3), np.uint8)
+    px, rows = job.decode.image_px, job.rows
+    pixels = np.empty((len(rows), px, px, 3), np.uint8)
     good: list[int] = []
     hashes: list[bytes] = []
     sizes: list[tuple[int, int]] = []
     quarantined: list[dict[str, str]] = []
     unopened = 0
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), closing(_contents(rows, job.decode)) as contents:
         warnings.simplefilter("ignore")  # PIL's remarks on files that it reads all the same
-        for i, path in enumerate(job.path):
+        for i, (path, content_of) in enumerate(zip(rows.path, contents, strict=True)):
             try:
-                content = _read(job, i)
+                content = content_of()
                 pixels[len(good)], size = images.decode_with_size(content, job.decode)
             except (images.BadImage, OSError) as error:
                 if isinstance(error, OSError):
@@ -427,7 +681,7 @@ def _build_shard(job: _Job) -> dict[str, Any]:
                     error = images.BadImage("unreadable", error.strerror or str(error))
                 row = {
                     "path": printable(path),
-                    "class": job.classes[i],
+                    "class": rows.names(i),
                     "reason": error.reason,
                     "detail": error.detail,
                 }
@@ -440,28 +694,24 @@ def _build_shard(job: _Job) -> dict[str, Any]:
     if good:
         columns = {
             "image": pixels[: len(good)],
-            "label": job.label[good],
-            "id": job.id[good],
+            "label": rows.label[good],
+            "weight": rows.weight[good],
+            "id": rows.id[good],
             "sha256": hashes,
-            "path": [printable(job.path[i]) for i in good],
+            "path": [printable(rows.path[i]) for i in good],
             "width": [w for w, _ in sizes],
             "height": [h for _, h in sizes],
         }
-        try:
-            written = write_shard(job.folder, f"{job.name}.arrow", columns)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(
-                    f"cache.dir must have room, but writing to {str(job.folder)!r} failed: {error.strerror}; free some space, "
-                    "and the same command goes on with the shards it has"
-                ) from None
-            raise
+        if rows.labels is not None:
+            columns["labels"] = [rows.labels[i] for i in good]
+        with _said_when_full(job.folder):
+            written = write_shard(job.folder, f"{job.name}.arrow", columns, job.jpeg_quality)
     description = {
         "format": FORMAT,
         "name": job.name,
         "split": job.split,
-        "planned": len(job.path),
-        "plan": _digest(job.id),
+        "planned": len(rows),
+        "plan": _digest(rows.id),
         "unopened": unopened,
         **written,
         "quarantined": quarantined,
@@ -470,25 +720,49 @@ def _build_shard(job: _Job) -> dict[str, Any]:
     return description
 
 
-def _read(job: _Job, i: int) -> bytes:
-    """A file's bytes. Raises OSError, BadImage, and UserError if it is no longer what was listed."""
-    path = job.root / job.path[i]
-    with open(path, "rb") as file:
-        info = os.fstat(file.fileno())
-        if not stat.S_ISREG(info.st_mode) or (info.st_size, info.st_mtime_ns) != (
-            job.size[i],
-            job.mtime_ns[i],
-        ):
+@contextmanager
+def _said_when_full(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"data.root must not change while it is prepared, but {str(path)!r} did; start the same command again"
-            )
-        # 16-bit RGBA without compression, and room for metadata: no image under the limit is larger
-        if info.st_size > job.decode.max_megapixels * 8e6 + 64e6:
-            raise images.BadImage(
-                "over the pixel limit",
-                f"a file of {info.st_size / 1e6:.0f} MB, data.decode.max_megapixels={job.decode.max_megapixels:g}",
-            )
-        return file.read()
+                f"cache.dir must have room, but writing to {str(folder)!r} failed: {error.strerror}; free some space, "
+                "and the same command goes on with the shards it has"
+            ) from None
+        raise
+
+
+def _contents(rows: Rows, decode: config.Decode) -> Generator[Callable[[], bytes], None, None]:
+    """For each row a call that gives what `_read` does; over a network they are read ahead, several at a time."""
+    reader = rows.open()
+    if not reader.waits():
+        for i in range(len(rows)):
+            yield partial(_read, reader, rows, i, decode)
+        return
+    pool = ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="read-images")
+    try:
+        ahead: deque[Future[bytes]] = deque()
+        for i in range(len(rows)):
+            ahead.append(pool.submit(_read, reader, rows, i, decode))
+            if len(ahead) > REQUESTS_AT_ONCE:
+                yield ahead.popleft().result
+        for future in ahead:
+            yield future.result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read(reader: Opened, rows: Rows, i: int, decode: config.Decode) -> bytes:
+    """A file's bytes. Raises OSError, BadImage, and UserError if it is no longer what was listed."""
+    size = int(rows.size[i])
+    # 16-bit RGBA without compression, and room for metadata: no image under the limit is larger
+    if size > decode.max_megapixels * 8e6 + 64e6:
+        raise images.BadImage(
+            "over the pixel limit",
+            f"a file of {size / 1e6:.0f} MB, data.decode.max_megapixels={decode.max_megapixels:g}",
+        )
+    return reader.read(i)
 
 
 # -------------------------------------------------------------------------------------------- report
@@ -508,8 +782,7 @@ def _report(plan: Plan, cache: Cache, bad: list[dict[str, str]]) -> dict[str, An
     splits = {name: cache.split(name) for name in cache.counts}
     by_class = {name: dict.fromkeys(splits, 0) for name in cache.classes}
     for split, reader in splits.items():
-        counted = np.bincount(reader.labels, minlength=len(cache.classes))
-        for name, n in zip(cache.classes, counted.tolist(), strict=True):
+        for name, n in zip(cache.classes, reader.class_counts().tolist(), strict=True):
             by_class[name][split] = n
     sizes = np.concatenate(
         [np.empty((0, 2), np.int32), *(r.original_sizes for r in splits.values())]
@@ -524,6 +797,7 @@ def _report(plan: Plan, cache: Cache, bad: list[dict[str, str]]) -> dict[str, An
         "images": sum(cache.counts.values()),
         "counts": cache.counts,
         "by_class": by_class,
+        "unlabeled": sum(int((r.labels == UNLABELED).sum()) for r in splits.values()),
         "missing_classes": {s: [c for c, n in by_class.items() if n[s] == 0] for s in splits},
         "quarantined": {
             "total": len(bad),
@@ -552,23 +826,27 @@ def _duplicates(cache: Cache, splits: list[str], most: int = 100) -> dict[str, A
     """Groups of images whose files are the same bytes; those that cross splits or classes are listed first."""
     readers = [cache.split(name) for name in splits]
     hashes = np.concatenate([np.empty(0, "S32"), *(r.hashes for r in readers)])
-    labels = np.concatenate([np.empty(0, np.int64), *(r.labels for r in readers)])
     owner = np.repeat(np.arange(len(readers)), [len(r) for r in readers])
     _, group, size = np.unique(hashes, return_inverse=True, return_counts=True)
     rows = np.flatnonzero(size[group] > 1)
     rows = rows[np.argsort(group[rows], kind="stable")]
     groups = np.split(rows, np.flatnonzero(np.diff(group[rows])) + 1) if len(rows) else []
     across_splits = [len(np.unique(owner[g])) > 1 for g in groups]
-    across_classes = [len(np.unique(labels[g])) > 1 for g in groups]
-    order = sorted(range(len(groups)), key=lambda i: (not across_splits[i], not across_classes[i]))
     starts = np.cumsum([0, *(len(r) for r in readers)])
+
+    def classes_of(row: int) -> str | None:
+        reader, within = readers[owner[row]], int(row - starts[owner[row]])
+        return None if reader.labels[within] == UNLABELED else reader.classes_of(within)
+
+    across_classes = [len({classes_of(row) for row in g} - {None}) > 1 for g in groups]
+    order = sorted(range(len(groups)), key=lambda i: (not across_splits[i], not across_classes[i]))
     listed = []
     for i in order[:most]:
         members = [
             {
                 "path": readers[owner[row]].paths[row - starts[owner[row]]],
                 "split": splits[owner[row]],
-                "class": cache.classes[labels[row]],
+                "class": classes_of(row),
             }
             for row in groups[i]
         ]
@@ -644,6 +922,8 @@ def print_report(report: dict[str, Any], console: Console, most_classes: int = 2
         f"{same['images']:,} images in {same['groups']:,} groups"
         + (crossing if same["groups"] else ""),
     )
+    if report["unlabeled"]:
+        facts.add_row("unlabelled", f"{report['unlabeled']:,} images, for training")
     for split, names in report["missing_classes"].items():
         if names:
             some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
