@@ -3,7 +3,8 @@
 B samples, C = 3 channels, H x W the stored size, h x w what the model sees, L lanes of random numbers.
 
 A sample's augmentation is a function of (seed, view, id) and of nothing else: not of its batch, rank or
-step. Soft labels of a random crop stay valid because the crop can be made again.
+step. Soft labels of a random crop stay valid because the crop can be made again. What two samples become
+that are mixed is a function of both of their (view, id).
 """
 
 from __future__ import annotations
@@ -15,13 +16,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from potstill.data.policies import (
+    GAMMA_LANES,
+    MEAN,
+    STD,
+    betas,
+    normals,
+    parse_policy,
+    recolour,
+    sample,
+)
+
 if TYPE_CHECKING:
     from potstill.config import Augment as AugmentConfig
 
-LANES = ("area", "ratio", "left", "top", "flip", "angle", "brightness", "contrast", "saturation")
+LANES = (
+    *("area", "ratio", "left", "top", "flip", "angle", "brightness", "contrast", "saturation"),
+    "vflip",
+)
 """One random number each. A new lane goes to the end: the numbers of the others then stay what they were."""
 
-_LUMA = (0.299, 0.587, 0.114)
+# Streams of their own, by another seed: how many numbers one takes does not move those of the others.
+_POLICY = 0xA0761D6478BD642F
+_ERASING = 0xE7037ED1A0B428DB
+_NOISE = 0x8EBC6AF09C88C6E3
+_PAIRS = 0x589965CC75374CC3
+
+_NOISE_PX = 256
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 _MUL1 = 0xBF58476D1CE4E5B9
@@ -112,45 +133,29 @@ def crop_boxes(
     return torch.stack((x, y, w, h), dim=1)
 
 
-def warp(images: Tensor, boxes: Tensor, mirrored: Tensor, degrees: Tensor, px: int) -> Tensor:
+def warp(
+    images: Tensor,
+    boxes: Tensor,
+    mirrored: Tensor,
+    degrees: Tensor,
+    px: int,
+    upside_down: Tensor | None = None,
+) -> Tensor:
     """Crop, mirror and turn by one bilinear sampling. float [B, C, H, W] -> float [B, C, px, px].
 
-    `boxes` [B, 4] as `crop_boxes` gives them, `mirrored` bool [B], `degrees` [B], counter-clockwise
-    about the crop's centre. What a turn brings in from outside the crop is the frame's own content,
-    reflected at its border. There is no antialiasing: where a crop is more than twice as wide as `px`,
-    pixels are skipped, so store the cache at less than 2 x augment.image_px.
+    `boxes` [B, 4] as `crop_boxes` gives them, `mirrored` (left to right) and `upside_down` bool [B], `degrees`
+    [B], counter-clockwise about the crop's centre. What a turn brings in from outside the crop is the
+    frame's own content, reflected at its border. There is no antialiasing: where a crop is more than twice
+    as wide as `px`, pixels are skipped, so store the cache at less than 2 x augment.image_px.
     """
     boxes, degrees = boxes.double(), degrees.double()
     x, y, w, h = boxes.unbind(1)
     cos, sin = torch.cos(degrees * math.pi / 180), torch.sin(degrees * math.pi / 180)
-    side = torch.where(mirrored, -1.0, 1.0).double() * w
-    coefficients = torch.stack(
-        (side * cos, -side * sin, 2 * x - 1, h * sin, h * cos, 2 * y - 1), dim=1
-    )
-    xx, xy, x0, yx, yy, y0 = coefficients.float()[:, :, None, None].unbind(1)
-    steps = (2 * torch.arange(px, device=images.device, dtype=torch.float32) + 1) / px - 1
-    grid = torch.stack(
-        (xx * steps + (xy * steps[:, None] + x0), yx * steps + (yy * steps[:, None] + y0)), dim=3
-    )
-    return F.grid_sample(
-        images, grid, mode="bilinear", padding_mode="reflection", align_corners=False
-    )
-
-
-def recolour(images: Tensor, factors: Tensor) -> Tensor:
-    """Brightness, contrast (about the mean grey) and saturation, in this order, each by its factor.
-
-    float [B, 3, h, w] in [0, 1], changed in place; `factors` [B, 3]. torchvision's `ColorJitter`, but in
-    a fixed order and clamped to [0, 1] once, at the end, so that all three are one pass.
-    """
-    brightness, contrast, saturation = factors.float()[:, :, None, None].unbind(1)
-    gain = brightness[:, None] * contrast[:, None]
-    red, green, blue = (images[:, i : i + 1] * weight for i, weight in enumerate(_LUMA))
-    grey = red.add_(green).add_(blue)
-    mean = grey.mean(dim=(2, 3), keepdim=True)
-    shift = grey.mul_((1 - saturation[:, None]) * gain)
-    shift.add_((1 - contrast[:, None]) * brightness[:, None] * mean)
-    return images.mul_(saturation[:, None] * gain).add_(shift).clamp_(0, 1)
+    w = torch.where(mirrored, -1.0, 1.0).double() * w
+    if upside_down is not None:
+        h = torch.where(upside_down, -1.0, 1.0).double() * h
+    coefficients = torch.stack((w * cos, -w * sin, 2 * x - 1, h * sin, h * cos, 2 * y - 1), dim=1)
+    return sample(images, coefficients, (px, px), "reflection")
 
 
 def resize(images: Tensor, px: int) -> Tensor:
@@ -167,6 +172,40 @@ def _planes(images: Tensor) -> Tensor:
     return images.contiguous().float()
 
 
+def progressive_px(cfg: AugmentConfig, image_px: int, epoch: int, epochs: int) -> int:
+    """Side of what the model sees in an epoch (0-based), in pixels: a multiple of 16, or `image_px`.
+
+    It grows linearly from `start_px` to `image_px`, which is reached after the share `grow_until` of the
+    epochs, and in the last one whatever that is. Tan and Le 2021, arXiv:2104.00298.
+    """
+    full_from = min(math.ceil(cfg.grow_until * epochs), epochs - 1)
+    if cfg.start_px is None or epoch >= full_from:
+        return image_px
+    side = cfg.start_px + (image_px - cfg.start_px) * epoch / full_from
+    return min(max(16 * round(side / 16), 16), image_px)
+
+
+# ------------------------------------------------------------------------------------ mixing of pairs
+def cut_boxes(lam_B: Tensor, u_B2: Tensor, height: int, width: int) -> Tensor:
+    """CutMix's boxes, as timm draws them. Yun et al. 2019, arXiv:1905.04899. float64 [B], [B, 2] in [0, 1).
+
+    Returns int64 [B, 4]: top, bottom, left, right, the second of each pair left out. The sides are
+    sqrt(1 - lam) of the frame's, the centre is anywhere in it, and what stands out is clipped.
+    """
+    sides = []
+    for size, u in ((height, u_B2[:, 0]), (width, u_B2[:, 1])):
+        cut = (size * (1 - lam_B).sqrt()).long()
+        centre = (size * u).long()
+        sides += [(centre - cut // 2).clamp(min=0), (centre + (cut + 1) // 2).clamp(max=size)]
+    return torch.stack(sides, dim=1)
+
+
+def _between(low: Tensor, high: Tensor, size: int) -> Tensor:
+    """bool [B, size]: which of `size` places are in [low, high) [B]."""
+    places = torch.arange(size, device=low.device)
+    return (places >= low[:, None]) & (places < high[:, None])
+
+
 # ------------------------------------------------------------------------------------------- a batch
 class Augment:
     """`cfg` says what is drawn, `seed` from which stream; images are stored at `decode_px`."""
@@ -176,33 +215,97 @@ class Augment:
         self.seed = seed
         self.scale = (float(cfg.crop_scale[0]), float(cfg.crop_scale[1]))
         self.ratio = (float(cfg.crop_ratio[0]), float(cfg.crop_ratio[1]))
-        self.flip, self.rotate, self.color = cfg.flip, cfg.rotate, cfg.color
-        self.eval_crop = cfg.eval_crop
+        self.flip, self.vflip = cfg.flip, cfg.vflip
+        self.rotate, self.color = cfg.rotate, cfg.color
+        self.policy = parse_policy(cfg.policy) if cfg.policy else None
+        self.eval_crop, self.tta = cfg.eval_crop, cfg.tta
+        self.mix_off_epochs = cfg.mix_off_epochs
+        self.cfg = cfg
+        self._noise: Tensor | None = None
 
     @torch.no_grad()
-    def train(self, images: Tensor, ids: Tensor, views: Tensor) -> Tensor:
+    def train(self, images: Tensor, ids: Tensor, views: Tensor, px: int | None = None) -> Tensor:
         """uint8 [B, 3, H, W] in any memory format, int64 [B], int64 [B] -> float [B, 3, h, w] in [0, 1].
 
-        With everything off it is `eval` of the whole frame to the bit. Runs on the images' device, in fp32.
+        Crop, flip and turn, then colour, then the policy, then erasing. With everything off it is the whole
+        frame as `resize` makes it, to the bit. `px` is another side than `image_px`. Runs on the images'
+        device, in fp32; the policy and erasing are planned on the CPU: `ids` and `views` that are there already
+        spare a wait for the device.
         """
-        device = images.device
-        ids, views = ids.to(device), views.to(device)
+        device, px = images.device, px or self.image_px
+        planned_ids, planned_views = ids, views
+        ids, views = (t.to(device, non_blocking=True) for t in (ids, views))
         u = dict(zip(LANES, uniforms(self.seed, views, ids).unbind(1), strict=True))
-        mirrored = u["flip"] < self.flip
+        mirrored, upside_down = u["flip"] < self.flip, u["vflip"] < self.vflip
         if self.rotate or self.scale != (1.0, 1.0):
             place = torch.stack([u[lane] for lane in ("area", "ratio", "left", "top")], dim=1)
             boxes = self._boxes(place, width=images.shape[3], height=images.shape[2])
             degrees = (2 * u["angle"] - 1) * self.rotate
-            out = warp(_planes(images), boxes, mirrored, degrees, self.image_px).div_(255)
+            out = warp(_planes(images), boxes, mirrored, degrees, px, upside_down).div_(255)
         else:
-            out = resize(images, self.image_px)
+            out = resize(images, px)
             if self.flip:
                 out = torch.where(mirrored[:, None, None, None], out.flip(3), out)
+            if self.vflip:
+                out = torch.where(upside_down[:, None, None, None], out.flip(2), out)
         if self.color:
             jitter = [u[lane] for lane in ("brightness", "contrast", "saturation")]
             factors = 1 + (2 * torch.stack(jitter, dim=1) - 1) * self.color
             out = recolour(out, factors.clamp_(min=0))
+        if self.policy is not None:
+            seed, lanes = self.seed ^ _POLICY, self.policy.lanes
+            out = self.policy(out, uniforms(seed, planned_views.cpu(), planned_ids.cpu(), lanes))
+        if self.cfg.erasing:
+            out = self._erase(out, planned_ids.cpu(), planned_views.cpu())
         return out
+
+    def px_at(self, epoch: int, epochs: int) -> int:
+        """Side of what the model sees in an epoch (0-based): see `progressive_px`."""
+        return progressive_px(self.cfg, self.image_px, epoch, epochs)
+
+    @torch.no_grad()
+    def mix(self, batch: dict[str, Tensor], epoch_allows: bool = True) -> dict[str, Tensor]:
+        """Mixup (Zhang et al. 2017, arXiv:1710.09412) and CutMix (arXiv:1905.04899) of the pairs (2i, 2i+1).
+
+        `batch`: image float [B, 3, h, w], id and view int64 [B], label [B] or [B, K], label_weight [B]. Returns
+        a batch with another image, and with mix [B] (the own share, in [0, 1]), label_mix and label_weight_mix
+        (the other one's label and its weight). timm's pair mode: both of a pair have the same share, for
+        CutMix that of the pixels that stayed. A last odd sample is left alone. Where mixing is off, or
+        `epoch_allows` is false, it is the batch itself, without these columns.
+        """
+        cfg = self.cfg
+        if not epoch_allows or not (cfg.mixup or cfg.cutmix):
+            return batch
+        images, ids, views = batch["image"], batch["id"], batch["view"]
+        here = torch.arange(len(images), device=images.device)
+        other = (here ^ 1).clamp(max=len(images) - 1)
+        first, second = torch.minimum(here, other), torch.maximum(here, other)
+        u = uniforms(
+            self.seed ^ _PAIRS,
+            _mix(views[first]) ^ views[second],
+            _mix(ids[first]) ^ ids[second],
+            4 + 2 * GAMMA_LANES,
+        )
+        cutmix_prob = cfg.mix_switch_prob if cfg.mixup and cfg.cutmix else float(cfg.cutmix > 0)
+        cut = u[:, 0] < cutmix_prob
+        lam = betas(u[:, 4:], torch.where(cut, cfg.cutmix or 1.0, cfg.mixup or 1.0).double())
+        lam = torch.where((u[:, 1] < cfg.mix_prob) & (here != other), lam, 1.0)
+        own = lam.float()[:, None, None, None]
+        if cfg.cutmix:
+            height, width = images.shape[2:]
+            top, bottom, left, right = cut_boxes(lam, u[:, 2:4], height, width).unbind(1)
+            area = (bottom - top) * (right - left)
+            rows, columns = _between(top, bottom, height), _between(left, right, width)
+            kept = ~(rows[:, None, :, None] & columns[:, None, None, :])
+            own = torch.where(cut[:, None, None, None], kept.float(), own)
+            lam = torch.where(cut, 1 - area / (height * width), lam)
+        return {
+            **batch,
+            "image": torch.lerp(images[other], images, own),
+            "mix": lam.float(),
+            "label_mix": batch["label"][other],
+            "label_weight_mix": batch["label_weight"][other],
+        }
 
     @torch.no_grad()
     def eval(self, images: Tensor) -> Tensor:
@@ -211,11 +314,75 @@ class Augment:
         `eval_crop` < 1 makes up for training crops, which show things larger than the whole frame does:
         Touvron et al. 2019, arXiv:1906.06423.
         """
-        height, width = (round(side * self.eval_crop) for side in images.shape[-2:])
-        top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
+        return self._part(images, self.eval_crop, 0.5, 0.5)
+
+    @torch.no_grad()
+    def eval_views(self, images: Tensor) -> list[Tensor]:
+        """Test-time views, whose predictions are to be averaged: each as `eval` makes one. `tta` says which.
+
+        none: that of `eval`. flip: it and its mirror. five_crop: the centre and the corners, of
+        `eval_crop` of the sides, or of 0.875 of them where that is 1. ten_crop: these and their mirrors.
+        """
+        if self.tta in ("none", "flip"):
+            found = [self.eval(images)]
+        else:
+            share = self.eval_crop if self.eval_crop < 1 else 0.875
+            places = ((0.5, 0.5), (0, 0), (0, 1), (1, 0), (1, 1))
+            found = [self._part(images, share, y, x) for y, x in places]
+        return found + [v.flip(3) for v in found] if self.tta in ("flip", "ten_crop") else found
+
+    def _part(self, images: Tensor, share: float, y: float, x: float) -> Tensor:
+        """A part of the frame with `share` of its sides, `y` and `x` of the way from the top left corner."""
+        height, width = (round(side * share) for side in images.shape[-2:])
+        top, left = int((images.shape[-2] - height) * y), int((images.shape[-1] - width) * x)
         return resize(images[..., top : top + height, left : left + width], self.image_px)
 
     def _boxes(self, place: Tensor, width: int, height: int) -> Tensor:
         if self.scale == (1.0, 1.0):
             return torch.tensor([[0.5, 0.5, 1.0, 1.0]], device=place.device).expand(len(place), 4)
         return crop_boxes(place, self.scale, self.ratio, width, height)
+
+    def _erase(self, images: Tensor, ids: Tensor, views: Tensor) -> Tensor:
+        """Random erasing (Zhong et al. 2017, arXiv:1708.04896) of one box an image, in place.
+
+        `ids` and `views` on the CPU. The box is drawn as a crop's, of `erasing_scale` of the area with sides
+        from 3:10 to 10:3. timm erases after normalising, with normal numbers of mean 0 and deviation 1; here they
+        have ImageNet's mean and deviation and are clamped to [0, 1], which is the same but for the clamp.
+        The noise of `pixel` is a tile of 256 pixels, from another place of it for each sample; `rand` is one of
+        its pixels, and `const` is black.
+        """
+        cfg = self.cfg
+        u = uniforms(self.seed ^ _ERASING, views, ids, 7)
+        rows = (u[:, 0] < cfg.erasing).nonzero()[:, 0]
+        if not len(rows):
+            return images
+        u, height, width = u[rows], images.shape[2], images.shape[3]
+        scale = (float(cfg.erasing_scale[0]), float(cfg.erasing_scale[1]))
+        x, y, w, h = crop_boxes(u[:, 1:5], scale, (0.3, 1 / 0.3), width, height).unbind(1)
+        edges = (x - w / 2) * width, (x + w / 2) * width, (y - h / 2) * height, (y + h / 2) * height
+        bounds = torch.stack([*edges, *(u[:, 5:] * _NOISE_PX).floor().unbind(1)]).round().long()
+        rows = rows.to(images.device, non_blocking=True)
+        bounds = bounds.to(images.device, non_blocking=True)
+        left, right, top, bottom, from_row, from_column = bounds
+        inside = _between(top, bottom, height)[:, :, None] & _between(left, right, width)[:, None]
+        part = images.index_select(0, rows)
+        if cfg.erasing_mode == "const":
+            filling = part.new_zeros(())
+        else:
+            if self._noise is None or self._noise.device != images.device:
+                self._noise = self._noise_tile().to(images.device)
+            size = (height, width) if cfg.erasing_mode == "pixel" else (1, 1)
+            y, x = (
+                (start[:, None] + torch.arange(n, device=images.device)) % _NOISE_PX
+                for start, n in zip((from_row, from_column), size, strict=True)
+            )
+            filling = self._noise[:, y[:, :, None], x[:, None]].transpose(0, 1)
+        return images.index_copy_(0, rows, torch.where(inside[:, None], filling, part))
+
+    def _noise_tile(self) -> Tensor:
+        """[3, 256, 256] in [0, 1]."""
+        row = torch.arange(_NOISE_PX)
+        u = uniforms(self.seed ^ _NOISE, torch.zeros_like(row), row, 3 * _NOISE_PX)
+        noise = normals(u).float().view(_NOISE_PX, 3, _NOISE_PX).transpose(0, 1)
+        mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+        return (mean + std * noise).clamp_(0, 1)
