@@ -231,3 +231,100 @@ def test_a_model_without_named_blocks_can_still_freeze_all_but_its_head():
     freeze(model, 0)
     trains = [n for n, p in model.named_parameters() if p.requires_grad]
     assert trains == model.head_parameter_names()
+
+
+# ----------------------------------------------------------------------------------- recipes in the model
+def one_update(
+    name: str, px: int, grad_checkpointing: bool
+) -> tuple[int, torch.Tensor, dict[str, torch.Tensor]]:
+    """Numbers kept for the backward pass, the logits, and every gradient and buffer after it."""
+    torch.manual_seed(0)
+    model = TimmModel(
+        3, name=name, image_px=px, drop_path=0.3, grad_checkpointing=grad_checkpointing
+    )
+    with torch.no_grad():  # some blocks begin as the identity, and have no gradient inside
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    kept = 0
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    torch.manual_seed(1)
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        logits = model({"image": images(4, px)})["logits"]
+    in_forward = kept
+    F.cross_entropy(logits, torch.arange(4) % 3).backward()
+    moving = [bool(p.grad.any()) for p in model.parameters()]
+    assert sum(moving) > 0.7 * len(moving)
+    found = {n: p.grad for n, p in model.named_parameters()} | dict(model.named_buffers())
+    return in_forward, logits, found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_checkpointing_keeps_less_and_changes_no_number(name):
+    """Not the statistics of BatchNorm either, which a second forward pass would count twice."""
+    px = 160 if name == "test_vit" else 64
+    kept, logits, plain = one_update(name, px, grad_checkpointing=False)
+    kept_now, logits_now, checkpointed = one_update(name, px, grad_checkpointing=True)
+    assert kept_now < 0.6 * kept
+    assert torch.equal(logits, logits_now)
+    assert plain.keys() == checkpointed.keys()
+    for key in plain:
+        assert torch.equal(plain[key], checkpointed[key]), key
+
+
+def test_checkpointing_holds_statistics_of_modules_that_came_later():
+    """As scaling.sync_batchnorm makes them."""
+    model = TimmModel(3, name="test_resnet", grad_checkpointing=True)
+    model.net.layer1[0].bn1 = timm.layers.BatchNormAct2d(32)
+    model.train()
+    F.cross_entropy(model({"image": images(4)})["logits"], torch.arange(4) % 3).backward()
+    assert int(model.net.layer1[0].bn1.num_batches_tracked) == 1
+
+
+def test_checkpointing_compiles_without_a_break():
+    model = TimmModel(4, name="test_resnet", grad_checkpointing=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    gradients = []
+    for forward in (compiled, model):
+        model.zero_grad()
+        F.cross_entropy(forward({"image": images(4)})["logits"], torch.arange(4)).backward()
+        gradients.append(model.net.conv1[0].weight.grad)
+    assert int(model.net.layer1[0].bn1.num_batches_tracked) == 2
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_family_without_checkpointing_says_so():
+    with pytest.raises(
+        UserError, match=r"grad_checkpointing must be false for pit_ti_224, .*micro_batch_size"
+    ):
+        TimmModel(3, name="pit_ti_224", grad_checkpointing=True)
+
+
+def test_stochastic_depth_drops_whole_samples_in_training_and_more_of_them_above():
+    model = TimmModel(3, name="test_vit", image_px=160, drop_path=0.5)
+    rates = [
+        block.drop_path1.drop_prob
+        for block in model.net.blocks
+        if hasattr(block.drop_path1, "drop_prob")
+    ]
+    assert rates == sorted(rates)
+    assert rates[-1] == 0.5
+    last = model.net.blocks[-1].drop_path1
+    torch.manual_seed(0)
+    out = last(torch.ones(1000, 2, 2))
+    assert set(out.unique().tolist()) == {0.0, 2.0}  # the rest is scaled, so that the mean stays
+    assert bool((out == out[:, :1, :1]).all())
+    assert 430 < int((out[:, 0, 0] == 0).sum()) < 570
+    x = {"image": images(4, 160)}
+    torch.manual_seed(0)
+    first = model(x)["logits"]
+    assert not torch.allclose(first, model(x)["logits"])
+    model.eval()
+    assert torch.equal(model(x)["logits"], model(x)["logits"])
+    without = TimmModel(3, name="test_vit", image_px=160)
+    without.load_state_dict(model.state_dict())
+    torch.testing.assert_close(without(x)["logits"], model(x)["logits"])  # still in training mode

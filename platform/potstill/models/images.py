@@ -142,8 +142,11 @@ class TimmModel(nn.Module):
     normalises them with its own mean and std. Features are what the classifier takes; where a family has
     no single such vector (`feature_dim` is None), there are logits only.
 
-    Raises UserError for an unknown name, for weights out of reach, for `kwargs` or `drop_path` that
-    the model refuses, and for an image size that it cannot take.
+    `grad_checkpointing`: blocks keep their input only and are computed again in the backward pass: less
+    memory for about a third more time, the same gradients and statistics (Chen et al. 2016, arXiv:1604.06174).
+
+    Raises UserError for an unknown name, for weights out of reach, for `kwargs`, `drop_path` or
+    `grad_checkpointing` that the model refuses, and for an image size that it cannot take.
     """
 
     mean: Tensor
@@ -157,6 +160,7 @@ class TimmModel(nn.Module):
         pretrained: bool = False,
         drop_path: float | None = None,
         kwargs: dict[str, Any] | None = None,
+        grad_checkpointing: bool = False,
         image_px: int | None = None,
     ) -> None:
         super().__init__()
@@ -172,8 +176,11 @@ class TimmModel(nn.Module):
         self.feature_dim: int | None = None
         self._dropout = 0.0
         self._probe(image_px)
+        self._grad_checkpointing = grad_checkpointing
+        if grad_checkpointing:
+            self._checkpoint_gradients()
         if pretrained and num_classes != self.net.pretrained_cfg.get("num_classes"):
-            forget_rows(self, range(num_classes))
+            forget_rows(self, self.head_parameter_names(), range(num_classes))
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`batch["image"]`: float [B, 3, H, W] in [0, 1]. Returns logits [B, K], and features [B, D]."""
@@ -189,6 +196,8 @@ class TimmModel(nn.Module):
     def train(self, mode: bool = True) -> TimmModel:
         """As ever, but what is frozen as a whole stays in eval mode, so that its BatchNorm stays put."""
         super().train(mode)
+        if self._grad_checkpointing:
+            _count_batches_once(self.net)
         if mode:
             for module in self.net.modules():
                 parameters = list(module.parameters())
@@ -208,8 +217,27 @@ class TimmModel(nn.Module):
             and tensor.shape[0] == self.num_classes
         ]
 
+    def layer_of(self) -> dict[str, int]:
+        """The layer of every parameter: 0 is what stands before the first block, then one for each block,
+        then one for what stands after the last, the classifier too. Empty where timm names no blocks.
+
+        Blocks are those of `freeze`.
+        """
+        place, blocks = _blocks(self.net, self.head_parameter_names())
+        return {f"net.{name}": layer for name, layer in place.items()} if blocks else {}
+
     def _drop(self, features: Tensor) -> Tensor:
         return F.dropout(features, self._dropout, self.net.training) if self._dropout else features
+
+    def _checkpoint_gradients(self) -> None:
+        try:
+            self.net.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError) as e:
+            raise UserError(
+                f"model.grad_checkpointing must be false for {self.name}, whose family has none in timm, got true; to save "
+                "memory use loop.micro_batch_size"
+            ) from e
+        _count_batches_once(self.net)
 
     @torch.no_grad()
     def _probe(self, image_px: int | None) -> None:
@@ -310,17 +338,41 @@ def _seeded(compute: Callable[[], Tensor]) -> Tensor:
         torch.default_generator.set_state(state)
 
 
+# ------------------------------------------------------------------------------ gradient checkpointing
+def _count_batches_once(net: nn.Module) -> None:
+    """Let BatchNorm leave its statistics alone while a block is computed again in the backward pass.
+
+    Also for modules that came later, such as those of convert_sync_batchnorm.
+    """
+    for module in net.modules():
+        fresh = _put_statistics_back not in module._forward_hooks.values()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and fresh:
+            module.register_forward_pre_hook(_hold_statistics)
+            module.register_forward_hook(_put_statistics_back, always_call=True)
+
+
+def _hold_statistics(module: nn.Module, _: Any) -> None:
+    in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    if in_backward and module.training:
+        module.__dict__["_held"] = {n: b.clone() for n, b in module.named_buffers(recurse=False)}
+
+
+def _put_statistics_back(module: nn.Module, *_: Any) -> None:
+    for name, held in module.__dict__.pop("_held", {}).items():
+        module.get_buffer(name).copy_(held)
+
+
 # --------------------------------------------------------------------------------------- frozen parts
 @torch.no_grad()
-def forget_rows(model: TimmModel, rows: Iterable[int]) -> None:
-    """Let these classes of the classifier start from zero, where the backbone does not.
+def forget_rows(model: nn.Module, head: Iterable[str], rows: Iterable[int]) -> None:
+    """Let these classes of the classifier (its parameters by name) start from zero, where the backbone does not.
 
     The large logits of a random classifier would send large random gradients into a backbone that knows
     something already. Kolesnikov et al. 2020, arXiv:1912.11370, section 3.3.
     """
     rows = list(rows)
     state = model.state_dict()
-    for name in model.head_parameter_names():
+    for name in head:
         state[name][rows] = 0.0
 
 

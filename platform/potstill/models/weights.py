@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from potstill import runs
 from potstill.errors import UserError
 from potstill.models.images import forget_rows
-
-if TYPE_CHECKING:
-    from potstill.models.images import TimmModel
 
 _WRAPPERS = ("state_dict_ema", "state_dict", "model", "model_state_dict")
 """Keys under which training scripts put the weights; averaged ones come first, as in timm."""
@@ -155,8 +152,10 @@ class InitReport:
         return "\n".join(self.lines())
 
 
-def init_from(model: TimmModel, source: str | Path, classes: Sequence[str]) -> InitReport:
-    """Start `model` from a run (its best checkpoint) or a weights file. `classes` [K] are the model's.
+def init_from(model: Any, source: str | Path, classes: Sequence[str]) -> InitReport:
+    """Start `model` from a run (its best checkpoint) or a weights file. `classes` [K] are those of its logits.
+
+    `model` is any nn.Module; one with `head_parameter_names()` (as TimmModel has) says what its classifier is.
 
     The backbone is taken over as a whole. Of the classifier, rows of classes with the same name are
     copied and the others start from zero (see `forget_rows`). A run names its classes, a file does in `classes` (safetensors:
@@ -169,25 +168,27 @@ def init_from(model: TimmModel, source: str | Path, classes: Sequence[str]) -> I
     if path.is_dir():
         run_dir = runs.open_run(path, "model.init_from")
         state = _by_plain_name(runs.best_checkpoint(run_dir).model_state())
-        known: list[str] | None = runs.read_json(run_dir / "run.json")["classes"]
+        about = runs.read_json(run_dir / "run.json")
+        known: list[str] | None = about.get("outputs") or about["classes"]
     else:
         state, known = _read(path, "model.init_from")
 
     target = _by_plain_name(model.state_dict())
-    head = {_plain_name(name) for name in model.head_parameter_names()}
+    head = {_plain_name(name) for name in head_of(model)}
+    described = getattr(model, "name", type(model).__name__)
     backbone = target.keys() - head
     misshapen = {n for n in backbone & state.keys() if state[n].shape != target[n].shape}
     matched = (backbone & state.keys()) - misshapen
     missing, unexpected = backbone - state.keys(), state.keys() - target.keys()
     if len(matched) < _MIN_MATCH * len(backbone):
         raise UserError(
-            f"model.init_from must hold the weights of model.name={model.name}, got {source}, in which "
+            f"model.init_from must hold the weights of model.name={described}, got {source}, in which "
             f"{len(matched)} of {len(backbone)} backbone tensors fit (missing: {_some(missing)}; unexpected: "
             f"{_some(unexpected)}; other shape: {_some(misshapen)}); set model.name to what the file was trained as"
         )
     if misshapen:
         raise UserError(
-            f"model.init_from must fit model.name={model.name} (with its kwargs, at this image size), got {source}, "
+            f"model.init_from must fit model.name={described} (with its kwargs, at this image size), got {source}, "
             f"where shapes differ: {_some(_shapes(n, state[n], target[n]) for n in sorted(misshapen))}; "
             "use the kwargs and the image size that it was trained with"
         )
@@ -212,7 +213,9 @@ def init_from(model: TimmModel, source: str | Path, classes: Sequence[str]) -> I
             to_rows, from_rows = (torch.tensor(r) for r in zip(*rows, strict=True))
             for name in found:
                 target[name][to_rows] = state[name][from_rows].to(target[name])
-        forget_rows(model, [row for row, c in enumerate(classes) if c not in set(kept)])
+        forget_rows(
+            model, head_of(model), [row for row, c in enumerate(classes) if c not in set(kept)]
+        )
     return InitReport(
         source=str(source),
         kept=kept,
@@ -224,6 +227,12 @@ def init_from(model: TimmModel, source: str | Path, classes: Sequence[str]) -> I
         unexpected=sorted(unexpected),
         mismatched=sorted(mismatched),
     )
+
+
+def head_of(model: nn.Module) -> list[str]:
+    """Names of the classifier's parameters; none where a model does not tell."""
+    tell = getattr(model, "head_parameter_names", None)
+    return tell() if tell else []
 
 
 def _by_plain_name(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
