@@ -177,6 +177,7 @@ def make_cache(
     columns = {
         "image": images,
         "label": guesses["label"],
+        "weight": np.ones(count),
         "id": guesses["id"],
         "sha256": [bytes(32)] * count,
         "path": [f"{i}.png" for i in range(count)],

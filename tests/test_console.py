@@ -64,6 +64,31 @@ def test_best_epoch_is_marked_and_few_classes_have_their_own_k():
     assert line.endswith("% *best*")
 
 
+def test_chosen_and_monitored_metrics_stand_in_the_validation_line():
+    console = plain()
+    printer = EpochPrinter("oaks", console)
+    asked = {"metrics": ["auc", "calibration_error"], "monitor": "val_macro_f1"}
+    printer.handle(attempt(**asked))
+    record = epoch(1, val_macro_f1=61.239, val_auc=0.98765, val_calibration_error=0.0312, top_k=5)
+    printer.handle(record)
+    printer.handle(epoch(2, val_auc=float("nan")))
+    train, val = text(console).splitlines()[2:4]
+    assert train.count(",") == 2
+    assert val.endswith(", AUC: 0.9877, Calibration error: 0.0312, Macro-F1: 61.24% *best*")
+    assert "AUC: nan, Macro-F1" in text(console)
+
+
+def test_the_best_of_two_is_told_once_and_several_labels_are_hit():
+    console = plain()
+    printer = EpochPrinter("oaks", console)
+    printer.handle(attempt(task_kind="binary", metrics=["f1"], monitor="val_top1_acc"))
+    printer.handle(epoch(1, top_k=1, val_top1_acc=91.0, val_f1=80.0, val_loss=0.25, best=False))
+    assert text(console).splitlines()[3] == "Val - Loss: 0.2500, Top-1: 91.00%, F1: 80.00%"
+    printer.handle(attempt(task_kind="multi_label"))
+    printer.handle(epoch(1, top_k=5, val_top1_acc=91.0, val_top5_acc=99.0, val_loss=0.25))
+    assert "Val - Loss: 0.2500, Hit@1: 91.00%, Hit@5: 99.00% *best*" in text(console)
+
+
 @pytest.mark.parametrize(
     ("record", "line"),
     [

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from potstill import runs
+from potstill import metric_names, runs
 from potstill.report import COLOURS, INK, MUTED, head, new_figure, png, style
 
 
@@ -53,7 +53,7 @@ def comparison(
         },
         "gain": fmean(gains),
         "interval": list(interval) if interval else None,
-        "verdict": _verdict(gains, interval, larger_is_better="loss" not in metric),
+        "verdict": _verdict(gains, interval, metric_names.higher_is_better(metric)),
     }
     runs.write_json(folder / "comparison.json", result)
     runs.atomic_write(folder / "comparison.png", _draw(result))
@@ -96,7 +96,8 @@ def _draw(result: dict[str, Any]) -> bytes:
     axes = figure.add_subplot()
     style(axes)
     axes.grid(False, axis="x")
-    unit = "" if "loss" in result["metric"] else " %"
+    percent = metric_names.is_percent(result["metric"])
+    unit, digits = (" %", 2) if percent else ("", 4)
     pairs = list(zip(result["alone"]["values"], result["distilled"]["values"], strict=True))
     for pair in pairs:
         axes.plot((1, 2), pair, color="#c3cad1", linewidth=1.5, zorder=1)
@@ -112,9 +113,9 @@ def _draw(result: dict[str, Any]) -> bytes:
             markeredgewidth=0,
         )
         axes.plot((at - 0.14, at + 0.14), (of["mean"], of["mean"]), color=colour, linewidth=3)
-        spread = f" ± {of['std']:.2f}" if of["std"] is not None else ""
+        spread = f" ± {of['std']:.{digits}f}" if of["std"] is not None else ""
         axes.annotate(
-            f"{of['mean']:.2f}{spread}{unit}",
+            f"{of['mean']:.{digits}f}{spread}{unit}",
             (at + 0.17, of["mean"]),
             va="center",
             color=colour,
@@ -122,7 +123,7 @@ def _draw(result: dict[str, Any]) -> bytes:
         )
     axes.plot((-0.14, 0.14), (result["teacher"],) * 2, color=INK, linewidth=3)
     axes.annotate(
-        f"{result['teacher']:.2f}{unit}",
+        f"{result['teacher']:.{digits}f}{unit}",
         (0.17, result["teacher"]),
         va="center",
         color=INK,
@@ -143,10 +144,10 @@ def _draw(result: dict[str, Any]) -> bytes:
     }
     if result["interval"]:
         low, high = result["interval"]
-        facts = f"gain {result['gain']:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}, {len(pairs)} paired seeds"
+        interval = f"95 % interval {low:+.{digits}f} to {high:+.{digits}f}"
+        facts = f"gain {result['gain']:+.{digits}f}, {interval}, {len(pairs)} paired seeds"
     else:
-        facts = (
-            f"gain {result['gain']:+.2f}, {len(pairs)} paired seed{'s' if len(pairs) > 1 else ''}"
-        )
+        seeds = f"{len(pairs)} paired seed{'s' if len(pairs) > 1 else ''}"
+        facts = f"gain {result['gain']:+.{digits}f}, {seeds}"
     head(axes, headline.get(verdict, verdict.capitalize()), facts)
     return png(figure)

@@ -24,6 +24,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from potstill import metric_names
+
 Record = dict[str, Any]
 BAR_AFTER_S = 2.0
 
@@ -150,6 +152,7 @@ class EpochPrinter:
     def __init__(self, name: str, console: Console | None = None) -> None:
         self._name, self._console = name, console or standard()
         self._epochs = self._steps_per_epoch = 0
+        self._kind, self._shown = "single_label", []
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
@@ -174,6 +177,11 @@ class EpochPrinter:
     def _on_attempt(self, record: Record) -> None:
         self.close()
         self._epochs, self._steps_per_epoch = record["epochs"], record["steps_per_epoch"]
+        self._kind = record.get("task_kind", "single_label")
+        # what a run was asked for, besides what every line says
+        asked = [*(f"val_{name}" for name in record.get("metrics", ())), record.get("monitor", "")]
+        said = ("loss", "top1_acc", "top5_acc")
+        self._shown = [key for key in dict.fromkeys(asked) if metric_names.plain(key) not in said]
         over = (
             f"passed over {', '.join(record['passed_over'])} (damaged)"
             if record["passed_over"]
@@ -215,11 +223,16 @@ class EpochPrinter:
         self.close()
         self._say(f"Epoch {record['epoch']}/{self._epochs}", "bold")
         for subset in ("train", "val"):
-            line = (
-                f"{subset.capitalize()} - Loss: {record[f'{subset}_loss']:.4f}, "
-                f"Top-1: {record[f'{subset}_top1_acc']:.2f}%, "
-                f"Top-{record['top_k']}: {record[f'{subset}_top5_acc']:.2f}%"
+            keys = [f"{subset}_loss", f"{subset}_top1_acc"]
+            if record["top_k"] > 1:  # of two classes, the best two are always right
+                keys.append(f"{subset}_top5_acc")
+            if subset == "val":
+                keys += [key for key in self._shown if key in record]
+            parts = (
+                f"{self._title(k, record['top_k'])}: {metric_names.shown(k, record[k])}"
+                for k in keys
             )
+            line = f"{subset.capitalize()} - {', '.join(parts)}"
             self._say(f"{line} *best*" if subset == "val" and record["best"] else line)
         left = (
             f", {duration(record['seconds_left'])} left" if record["epoch"] < self._epochs else ""
@@ -229,6 +242,9 @@ class EpochPrinter:
         )
         for warning in record["warnings"]:
             self._warn(warning)
+
+    def _title(self, key: str, top_k: int) -> str:
+        return metric_names.title(key, self._kind, top_k).removesuffix(" accuracy")
 
     def _on_note(self, record: Record) -> None:
         self._say(record["message"])
@@ -241,6 +257,6 @@ class EpochPrinter:
         reason = f": {record['reason']}" if record.get("reason") else ""
         said = f"{record['status'].replace('_', ' ').capitalize()}{reason}"
         if best := record.get("best"):
-            number = f"{best['value']:.4f}" if "loss" in best["metric"] else f"{best['value']:.2f}%"
+            number = metric_names.shown(best["metric"], best["value"])
             said += f". Best {best['metric']}: {number} at epoch {best['epoch']} ({best['folder']})"
         self._say(said, "red" if record["status"] == "failed" else "")

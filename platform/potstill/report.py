@@ -1,7 +1,4 @@
-"""Plots and one HTML page of a run, from its journal and the best checkpoint's validation predictions.
-
-Shape suffixes: N samples, K classes, E epochs.
-"""
+"""Plots and one HTML page of a run, from its journal and the best checkpoint's validation predictions."""
 
 from __future__ import annotations
 
@@ -14,20 +11,34 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from potstill import runs
+from potstill import metric_names, runs
 from potstill.console import duration
 from potstill.errors import UserError
+from potstill.predictions import (
+    Calibration,
+    Predictions,
+    Ranked,
+    area_under_roc,
+    average_precision,
+    calibration,
+    confusion_counts,
+    most_confused,
+    per_class,
+    ranked,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from scipy.sparse import csr_array
 
 Record = dict[str, Any]
 INK, MUTED, GRID = "#1f2933", "#66727f", "#e3e7eb"
 COLOURS = {"train": "#d1792b", "val": "#2563a8", "other": "#5b7f3a", "warning": "#b3261e"}
 MAX_MATRIX_CLASSES = 100
 MAX_NUMBERED_CLASSES = 12
+MAX_CURVES = 30
+MAX_TABLE_ROWS = 1000
 
 
 def write_history(run_dir: Path) -> None:
@@ -56,23 +67,25 @@ def report(run_dir: Path, summary: Record | None = None) -> list[Path]:
         )
     about = runs.read_json(run_dir / "run.json")
     classes: list[str] = about["classes"]
+    found, missing = None, ""
     try:
-        _, predictions = read_predictions(run_dir)
-        counts = confusion_counts(predictions, len(classes))
+        _, found = read_predictions(run_dir)
     except UserError as error:
-        counts, missing = None, str(error)
-    else:
-        missing = None
+        missing = str(error)
 
-    k = epochs[-1]["top_k"]
+    kind, k = task_kind(records), epochs[-1]["top_k"]
+    top_1, top_5 = (metric_names.title(key, kind, k) for key in ("top1_acc", "top5_acc"))
     drawings: dict[str, Callable[[], Figure]] = {
-        "training_summary": lambda: _summary_figure(about["name"], records, epochs),
+        "training_summary": lambda: _summary_figure(about["name"], kind, records, epochs),
         "loss_curves": lambda: _curve_figure("Loss", "loss", epochs, _step_losses(records)),
-        "top1_accuracy": lambda: _curve_figure("Top-1 accuracy", "top1_acc", epochs),
-        "top5_accuracy": lambda: _curve_figure(f"Top-{k} accuracy", "top5_acc", epochs),
+        "top1_accuracy": lambda: _curve_figure(top_1, "top1_acc", epochs),
     }
-    if counts is not None:
-        drawings["confusion_matrix"] = lambda: confusion_figure(counts, classes)
+    if k > 1:
+        drawings["top5_accuracy"] = lambda: _curve_figure(top_5, "top5_acc", epochs)
+    if chosen := metric_names.further(epochs[-1]):
+        drawings["metrics"] = lambda: _metrics_figure(chosen, epochs)
+    if found is not None:
+        drawings |= prediction_figures(found, classes, "validation")
     pictures: dict[str, bytes] = {}
     for name, draw in drawings.items():
         pictures[name] = png(draw())
@@ -82,7 +95,7 @@ def report(run_dir: Path, summary: Record | None = None) -> list[Path]:
         path = run_dir / "summary.json"
         summary = runs.read_json(path) if path.exists() else {}
     assert summary is not None
-    content = _page(run_dir, about, records, epochs, counts, missing, pictures, summary)
+    content = _page(run_dir, about, records, epochs, found or missing, pictures, summary)
     runs.atomic_write(page, content)
     return [*(run_dir / "plots" / f"{name}.png" for name in pictures), page]
 
@@ -94,8 +107,14 @@ def _standing(records: Sequence[Record]) -> list[dict[str, str]]:
     return [w for i, w in enumerate(said) if w not in said[:i]]
 
 
-def read_predictions(run_dir: Path) -> tuple[Record, dict[str, np.ndarray]]:
-    """The best checkpoint's meta.json and `val_predictions.npz`: id, label, prediction, confidence, each [N].
+def task_kind(records: Sequence[Record]) -> str:
+    """single_label | multi_label | binary, as the run's attempts say."""
+    attempts = [r for r in records if r["kind"] == "attempt"]
+    return attempts[-1].get("task_kind", "single_label") if attempts else "single_label"
+
+
+def read_predictions(run_dir: Path) -> tuple[Record, Predictions]:
+    """The best checkpoint's meta.json, and what is in its `val_predictions.npz`.
 
     Raises UserError if there is no such checkpoint, or it is damaged or without predictions.
     """
@@ -108,44 +127,21 @@ def read_predictions(run_dir: Path) -> tuple[Record, dict[str, np.ndarray]]:
             f"{path} must hold the validation predictions of the best epoch, but does not exist"
         )
     with np.load(path, allow_pickle=False) as arrays:
-        return best.meta, {name: arrays[name] for name in arrays.files}
+        return best.meta, Predictions.of_arrays(arrays)
 
 
-def confusion_counts(predictions: dict[str, np.ndarray], num_classes: int) -> np.ndarray:
-    """Returns int64 [K, K]: row = true class, column = predicted class."""
-    import numpy as np
-
-    flat = predictions["label"].astype(np.int64) * num_classes + predictions["prediction"]
-    return np.bincount(flat, minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
-def most_confused(counts: np.ndarray, top: int) -> list[tuple[int, int, int]]:
-    """The `top` largest entries off the diagonal, as (true class, predicted class, count), largest first."""
-    import numpy as np
-
-    off = counts.copy()
-    np.fill_diagonal(off, 0)
-    order = np.argsort(-off, axis=None, kind="stable")[:top]
-    rows, columns = np.unravel_index(order, off.shape)
-    found = zip(rows.tolist(), columns.tolist(), off[rows, columns].tolist(), strict=True)
-    return [pair for pair in found if pair[2]]
-
-
-def per_class(counts: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Precision, recall and F1 in percent (0 where undefined) and support of each class, worst F1 first."""
-    rows = []
-    for at, name in enumerate(classes):
-        hit, support, guessed = int(counts[at, at]), int(counts[at].sum()), int(counts[:, at].sum())
-        rows.append(
-            {
-                "class": name,
-                "precision": 100 * hit / guessed if guessed else 0.0,
-                "recall": 100 * hit / support if support else 0.0,
-                "f1": 200 * hit / (support + guessed) if support + guessed else 0.0,
-                "support": support,
-            }
-        )
-    return sorted(rows, key=lambda r: (r["f1"], r["class"]))
+def prediction_figures(
+    found: Predictions, classes: Sequence[str], subset: str
+) -> dict[str, Callable[[], Figure]]:
+    """What can be drawn of predictions, by name: confusion_matrix or curves, and reliability."""
+    drawings: dict[str, Callable[[], Figure]] = {}
+    if found.kind != "multi_label":
+        counts = confusion_counts(found, len(classes))
+        drawings["confusion_matrix"] = lambda: confusion_figure(counts, classes, subset)
+    if found.kind != "single_label":
+        drawings["curves"] = lambda: curves_figure(found, classes, subset)
+    drawings["reliability"] = lambda: reliability_figure(calibration(found), found.kind, subset)
+    return drawings
 
 
 # ---------------------------------------------------------------------------------------- statistics
@@ -159,15 +155,15 @@ def _extreme(epochs: Sequence[Record], key: str) -> tuple[float, int] | None:
     found = [(r[key], r["epoch"]) for r in epochs if math.isfinite(r.get(key, math.nan))]
     if not found:
         return None
-    return (
-        min(found, key=lambda f: f[0]) if "loss" in key else max(found, key=lambda f: (f[0], -f[1]))
-    )
+    if metric_names.higher_is_better(key):
+        return max(found, key=lambda f: (f[0], -f[1]))
+    return min(found, key=lambda f: f[0])
 
 
 def _number(value: float, key: str) -> str:
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "infinite"
-    return f"{value:.4f}" if "loss" in key else f"{value:.2f} %"
+    return metric_names.shown(key, value, space=" ")
 
 
 def _statistics(epochs: Sequence[Record], metric: str) -> str:
@@ -180,13 +176,10 @@ def _statistics(epochs: Sequence[Record], metric: str) -> str:
     if f"train_{metric}" in last:
         parts.append(f"train {_number(last[f'train_{metric}'], metric)}")
         gap = last[f"train_{metric}"] - last[f"val_{metric}"]
-        gap = -gap if "loss" in metric else gap
+        gap = gap if metric_names.higher_is_better(metric) else -gap
         if math.isfinite(gap):
-            parts.append(
-                f"generalisation gap {gap:.4f}"
-                if "loss" in metric
-                else f"generalisation gap {gap:.2f} points"
-            )
+            shown = f"{gap:.2f} points" if metric_names.is_percent(metric) else f"{gap:.4f}"
+            parts.append(f"generalisation gap {shown}")
     return " · ".join(parts)
 
 
@@ -348,8 +341,30 @@ def _curve_figure(
     if steps and steps[0]:
         axes.set_xlim(left=epochs[0]["epoch"] - 1)
     head(axes, title, _statistics(epochs, metric))
-    if metric != "loss":
+    _percent_axis(axes, metric)
+    return figure
+
+
+def _percent_axis(axes: Axes, metric: str) -> None:
+    if metric_names.is_percent(metric):
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+
+
+def _metrics_figure(keys: Sequence[str], epochs: Sequence[Record]) -> Figure:
+    """One small plot for each metric that was chosen."""
+    columns = min(len(keys), 3)
+    rows = -(-len(keys) // columns)
+    figure = new_figure(max(4.6 * columns, 6), 3.6 * rows)
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12)  # type: ignore[union-attr]
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, key in zip(grid.flat, keys, strict=False):
+        metric = metric_names.plain(key)
+        style(axes)
+        _curves(axes, epochs, metric)
+        head(axes, metric_names.title(key), _statistics(epochs, metric), 8)
+        _percent_axis(axes, metric)
+    for axes in grid.flat[len(keys) :]:
+        axes.set_visible(False)
     return figure
 
 
@@ -371,21 +386,19 @@ def _clip_to_epochs(
         axes.set_ylim(low - margin, high + margin)
 
 
-def _summary_figure(name: str, records: Sequence[Record], epochs: Sequence[Record]) -> Figure:
+def _summary_figure(
+    name: str, kind: str, records: Sequence[Record], epochs: Sequence[Record]
+) -> Figure:
     k = epochs[-1]["top_k"]
     figure = new_figure(13, 8)
     grid = figure.subplots(2, 2)
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12)  # type: ignore[union-attr]
-    for axes, (title, metric) in zip(
-        grid.flat,
-        (("Loss", "loss"), ("Top-1 accuracy", "top1_acc"), (f"Top-{k} accuracy", "top5_acc")),
-        strict=False,
-    ):
+    third = "top5_acc" if k > 1 else "macro_f1"
+    for axes, metric in zip(grid.flat, ("loss", "top1_acc", third), strict=False):
         style(axes)
         _curves(axes, epochs, metric)
-        head(axes, title, _statistics(epochs, metric), 8)
-        if metric != "loss":
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+        head(axes, metric_names.title(metric, kind, k), _statistics(epochs, metric), 8)
+        _percent_axis(axes, metric)
 
     axes = grid[1, 1]
     style(axes)
@@ -405,24 +418,27 @@ def _summary_figure(name: str, records: Sequence[Record], epochs: Sequence[Recor
         f"{epochs[-1]['images_per_s']:,.0f} img/s in the last one",
     ]
     if best := best_epoch(epochs):
-        parts.append(
-            f"best epoch {best['epoch']}: top-1 {_number(best['val_top1_acc'], 'acc')}, "
-            f"macro-F1 {_number(best['val_macro_f1'], 'acc')}"
-        )
+        monitor = _monitor(records)
+        keys = ["val_top1_acc", "val_macro_f1"]
+        shown = [f"{_named(key, kind, k)} {_number(best[key], key)}" for key in keys]
+        if monitor in best and monitor not in keys:
+            shown.append(f"{_named(monitor, kind, k)} {_number(best[monitor], monitor)}")
+        parts.append(f"best epoch {best['epoch']}: {', '.join(shown)}")
     figure.suptitle(f"{name}   ({' · '.join(parts)})", x=0.01, ha="left", fontsize=11, color=INK)
     return figure
 
 
-def confusion_figure(counts: np.ndarray, classes: Sequence[str]) -> Figure:
+def confusion_figure(pairs: csr_array, classes: Sequence[str], subset: str) -> Figure:
     """Row-normalised matrix with numbers up to 12 classes, without up to 100; beyond, the most confused pairs."""
     import numpy as np
 
     size = len(classes)
-    right = int(np.trace(counts))
-    total = int(counts.sum())
-    facts = f"{right:,} of {total:,} validation samples right ({100 * right / max(total, 1):.2f} %)"
+    right = int(pairs.diagonal().sum())
+    total = int(pairs.sum())
+    facts = f"{right:,} of {total:,} {subset} samples right ({100 * right / max(total, 1):.2f} %)"
     if size > MAX_MATRIX_CLASSES:
-        return _pairs_figure(counts, classes, facts)
+        return _pairs_figure(pairs, classes, facts, subset)
+    counts = pairs.toarray()
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = max(5.0, min(12.0, 2.6 + (0.62 if size <= MAX_NUMBERED_CLASSES else 0.16) * size))
     figure = new_figure(side + 1.2, side)
@@ -471,8 +487,9 @@ def confusion_figure(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     return figure
 
 
-def _pairs_figure(counts: np.ndarray, classes: Sequence[str], facts: str) -> Figure:
+def _pairs_figure(counts: csr_array, classes: Sequence[str], facts: str, subset: str) -> Figure:
     pairs = most_confused(counts, 25)
+    support = counts.sum(axis=1)
     figure = new_figure(9, max(3.0, 1.4 + 0.3 * len(pairs)))
     axes = figure.add_subplot()
     style(axes)
@@ -485,14 +502,146 @@ def _pairs_figure(counts: np.ndarray, classes: Sequence[str], facts: str) -> Fig
     )
     for at, (true, _, number) in enumerate(pairs):
         axes.annotate(
-            f"{number} of {int(counts[true].sum())}", (number, at), xytext=(4, 0), textcoords="offset points",
+            f"{number} of {int(support[true])}", (number, at), xytext=(4, 0), textcoords="offset points",
             va="center", fontsize=8, color=MUTED,
         )  # fmt: skip
     axes.invert_yaxis()
     axes.margins(x=0.12, y=0.01)
-    axes.set_xlabel("validation samples", color=MUTED)
+    axes.set_xlabel(f"{subset} samples", color=MUTED)
     head(axes, "Most confused pairs (true → predicted)", f"{facts}, {len(classes):,} classes")
     return figure
+
+
+def reliability_figure(found: Calibration, kind: str, subset: str) -> Figure:
+    """How often what was said with a confidence was so; beneath it, how often it was said."""
+    import numpy as np
+
+    what = {
+        "single_label": ("confidence of the prediction", "share that is right"),
+        "binary": ("probability of the positive class", "share that is positive"),
+        "multi_label": ("probability of a class, all classes together", "share that is true"),
+    }[kind]
+    figure = new_figure(6.4, 6.6)
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    width = 1 / len(found.count)
+    middle = (np.arange(len(found.count)) + 0.5) * width
+    for one in (axes, below):
+        style(one)
+        one.set_xlim(0, 1)
+    axes.bar(middle, found.frequency, 0.92 * width, color=COLOURS["val"], alpha=0.55, zorder=2)
+    axes.plot((0, 1), (0, 1), color=INK, linewidth=1.2, linestyle=(0, (4, 4)), zorder=3)
+    axes.plot(
+        found.confidence, found.frequency, "o", color="white", markeredgecolor=INK, zorder=4,
+        markersize=6, clip_on=False,
+    )  # fmt: skip
+    axes.set_ylim(0, 1)
+    axes.set_ylabel(what[1], color=MUTED)
+    below.bar(middle, found.count, 0.92 * width, color="#9aa5b1")
+    below.set_ylabel("number", color=MUTED)
+    below.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    below.set_xlabel(what[0], color=MUTED)
+    number = int(found.count.sum())
+    facts = f"expected calibration error {found.error:.4f} · {number:,} {subset} "
+    facts += "decisions" if kind == "multi_label" else "samples"
+    head(axes, "Reliability (on the dashed line: as sure as it is right)", facts)
+    return figure
+
+
+def curves_figure(found: Predictions, classes: Sequence[str], subset: str) -> Figure:
+    """ROC and precision-recall curves: of class 1 or, of several labels, of each class and of all decisions."""
+    import numpy as np
+
+    lines: list[tuple[Ranked, bool]] = []
+    if found.score is not None:
+        whole = ranked(found.score, found.label == 1)
+        title, of = f"Telling {_shorten(classes[1])} from {_shorten(classes[0])}", "samples"
+    else:
+        assert found.scores is not None
+        assert found.targets is not None
+        whole = ranked(found.scores.astype(np.float32).ravel(), found.targets.ravel())
+        title, of = "All decisions together", "decisions"
+        if len(classes) <= MAX_CURVES:
+            title += ", and each class (thin)"
+            lines += [
+                (ranked(score.astype(np.float32), target), False)
+                for score, target in zip(found.scores.T, found.targets.T, strict=True)
+                if target.any() and not target.all()
+            ]
+    lines.append((whole, True))
+    figure = new_figure(11, 5.4)
+    roc, precision = figure.subplots(1, 2)
+    for (score_T, true_T, false_T), main in lines:
+        look: dict[str, Any] = {"color": COLOURS["val"] if main else "#9aa5b1"}
+        look |= {"linewidth": 2.2 if main else 0.8, "alpha": 1 if main else 0.7}
+        # matplotlib needs no more points than a screen has
+        at = np.unique(np.linspace(0, len(score_T) - 1, 2000).astype(int))
+        recall, total = true_T[at] / max(true_T[-1], 1), true_T[at] + false_T[at]
+        roc.plot(np.append(0, false_T[at] / max(false_T[-1], 1)), np.append(0, recall), **look)
+        precision.step(np.append(0, recall), np.append(1, true_T[at] / total), where="pre", **look)
+    positives, negatives = int(whole.true_T[-1]), int(whole.false_T[-1])
+    share = positives / (positives + negatives)
+    roc.plot((0, 1), (0, 1), color=MUTED, linewidth=1, linestyle=(0, (4, 4)))
+    precision.axhline(share, color=MUTED, linewidth=1, linestyle=(0, (4, 4)))
+    if found.score is not None and found.thresholds is not None:
+        _mark_threshold(roc, precision, whole, float(found.thresholds[0]))
+    for axes, x, y in (
+        (roc, "share of the negatives that is let in", "share of the positives that is found"),
+        (precision, "recall", "precision"),
+    ):
+        style(axes)
+        axes.set_xlim(-0.01, 1.01)
+        axes.set_ylim(-0.01, 1.02)
+        axes.set_xlabel(x, color=MUTED)
+        axes.set_ylabel(y, color=MUTED)
+    head(
+        roc,
+        title,
+        f"ROC: area {area_under_roc(whole):.4f} · {positives:,} of {positives + negatives:,} {subset} {of} positive",
+    )
+    head(
+        precision,
+        "Precision and recall",
+        f"average precision {average_precision(whole):.4f} · by chance {share:.4f}",
+    )
+    return figure
+
+
+def _mark_threshold(roc: Axes, precision: Axes, whole: Ranked, threshold: float) -> None:
+    import numpy as np
+
+    above = np.flatnonzero(whole.score_T >= threshold)
+    if not len(above):
+        return
+    true, false = int(whole.true_T[above[-1]]), int(whole.false_T[above[-1]])
+    recall = true / max(int(whole.true_T[-1]), 1)
+    let_in = false / max(int(whole.false_T[-1]), 1)
+    for axes, x, y in ((roc, let_in, recall), (precision, recall, true / max(true + false, 1))):
+        axes.plot(
+            x,
+            y,
+            "o",
+            color="white",
+            markeredgecolor=COLOURS["train"],
+            markeredgewidth=2.2,
+            markersize=9,
+            zorder=5,
+        )
+        right = x > 0.6
+        axes.annotate(
+            f"threshold {threshold:.3f}", (x, y), xytext=(-8 if right else 10, -16), textcoords="offset points",
+            ha="right" if right else "left", color=COLOURS["train"], fontsize=9, fontweight="bold",
+        )  # fmt: skip
+
+
+def _monitor(records: Sequence[Record]) -> str:
+    attempts = [r for r in records if r["kind"] == "attempt"]
+    return attempts[-1].get("monitor", "val_top1_acc") if attempts else "val_top1_acc"
+
+
+def _named(key: str, kind: str, top_k: int) -> str:
+    """A metric within a sentence: `top-1`, `macro-F1`, `hit@1`."""
+    name = metric_names.title(key, kind, top_k).removesuffix(" accuracy")
+    return name if name[:2].isupper() else name[:1].lower() + name[1:]
 
 
 def _shorten(name: str, longest: int = 28) -> str:
@@ -534,11 +683,11 @@ def _page(
     about: Record,
     records: Sequence[Record],
     epochs: Sequence[Record],
-    counts: np.ndarray | None,
-    missing: str | None,
+    found: Predictions | str,
     pictures: dict[str, bytes],
     summary: Record,
 ) -> str:
+    """`found`: the best epoch's validation predictions, or why there are none."""
     from datetime import datetime
 
     text = html.escape
@@ -552,14 +701,13 @@ def _page(
     k = epochs[-1]["top_k"]
     created = datetime.fromtimestamp(about["created"]).strftime("%Y-%m-%d %H:%M")
 
+    kind = task_kind(records)
     tiles = []
     if best:
-        tiles += [
-            (_number(best["val_top1_acc"], "acc"), f"validation top-1, epoch {best['epoch']}"),
-            (_number(best["val_top5_acc"], "acc"), f"validation top-{k}"),
-            (_number(best["val_macro_f1"], "acc"), "validation macro-F1"),
-            (_number(best["val_loss"], "loss"), "validation loss"),
-        ]
+        keys = ["val_top1_acc", *(["val_top5_acc"] if k > 1 else []), "val_macro_f1", "val_loss"]
+        keys = list(dict.fromkeys([*keys, *metric_names.further(best)]))
+        tiles += [(_number(best[key], key), f"validation {_named(key, kind, k)}") for key in keys]
+        tiles.append((str(best["epoch"]), f"best epoch, by {_monitor(records)}"))
     tiles.append((duration(sum(r["seconds"] for r in epochs)), _epochs(len(epochs))))
     if summary.get("parameters") and summary.get("model_file_mb"):
         tiles.append(
@@ -605,7 +753,7 @@ def _page(
     warned = [("run", w) for w in _standing(records)] + warned
     columns = [
         "epoch",
-        *[key for key in runs.HISTORY_KEYS if any(key in r for r in epochs)],
+        *runs.history_keys(epochs),
         "seconds",
         "images_per_s",
     ]
@@ -624,12 +772,10 @@ def _page(
             return str(value)
         if key == "lr":
             return f"{value:.3g}"
+        if key == "images_per_s":
+            return f"{value:,.0f}"
         return (
-            f"{value:.4f}"
-            if "loss" in key
-            else f"{value:,.0f}"
-            if key in ("images_per_s",)
-            else f"{value:.2f}"
+            f"{value:.2f}" if metric_names.is_percent(key) or key == "seconds" else f"{value:.4f}"
         )
 
     parts = [
@@ -656,8 +802,10 @@ def _page(
         picture("training_summary"),
         picture("loss_curves"),
         f'<div class="pair">{picture("top1_accuracy")}{picture("top5_accuracy")}</div>',
+        picture("metrics"),
         "<h2>Epochs</h2>",
-        f'<p class="muted">Accuracies and F1 in percent; top5 is top-{k} here. The best epoch is in bold.</p>',
+        f'<p class="muted">Accuracies, precision, recall and F1 in percent; top5 is {_named("top5_acc", kind, k)} here. '
+        "The best epoch is in bold.</p>",
         '<div class="scroll"><table><tr>',
         *(f"<th>{text(column)}</th>" for column in columns),
         "</tr>",
@@ -670,23 +818,12 @@ def _page(
             + "</tr>"
         )
     parts += ["</table></div>", "<h2>Validation, by class</h2>"]
-    if counts is None:
-        parts.append(f'<p class="muted">Not known: {text(missing or "")}</p>')
+    if isinstance(found, str):
+        parts.append(f'<p class="muted">Not known: {text(found)}</p>')
     else:
-        rows = per_class(counts, about["classes"])
-        parts += [
-            picture("confusion_matrix"),
-            '<p class="muted">At the best epoch, in percent, worst F1 first.</p>',
-        ]
-        parts.append(
-            '<div class="scroll"><table><tr><th>class</th><th>precision</th><th>recall</th><th>F1</th><th>support</th></tr>'
-        )
-        parts += [
-            f"<tr><td>{text(r['class'])}</td><td>{r['precision']:.2f}</td><td>{r['recall']:.2f}</td>"
-            f"<td>{r['f1']:.2f}</td><td>{r['support']:,}</td></tr>"
-            for r in rows
-        ]
-        parts.append("</table></div>")
+        parts += [picture("confusion_matrix"), picture("curves")]
+        parts += _class_table(found, about["classes"])
+        parts += ["<h2>Calibration</h2>", f'<div class="pair">{picture("reliability")}</div>']
     parts += ["<h2>This run</h2>", '<div class="scroll"><table>']
     parts += [
         f'<tr><td>{text(str(name))}</td><td class="text">{text(str(value))}</td></tr>'
@@ -706,3 +843,39 @@ def _page(
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
+
+
+def _class_table(found: Predictions, classes: Sequence[str]) -> list[str]:
+    rows = per_class(found, classes)
+    headings = {"class": "class", "precision": "precision", "recall": "recall", "f1": "F1"}
+    if found.kind == "multi_label":
+        headings |= {"average_precision": "average precision", "threshold": "threshold"}
+    headings["support"] = "support"
+
+    def cell(row: Record, key: str) -> str:
+        value = row[key]
+        if key == "class":
+            return html.escape(value)
+        if key == "support":
+            return f"{value:,}"
+        if value is None:
+            return "–"
+        return f"{value:.4f}" if key in ("average_precision", "threshold") else f"{value:.2f}"
+
+    said = "At the best epoch, in percent, worst F1 first."
+    if found.kind == "multi_label":
+        said += (
+            " A class counts as predicted from its threshold on; average precision is a fraction."
+        )
+    elif found.thresholds is not None:
+        said += f" {html.escape(classes[1])} counts as predicted from a probability of {found.thresholds[0]:.3f} on."
+    if len(rows) > MAX_TABLE_ROWS:
+        said += (
+            f" These are {MAX_TABLE_ROWS:,} of {len(rows):,}; jobs/evaluate.py writes all of them."
+        )
+    parts = [f'<p class="muted">{said}</p>', '<div class="scroll"><table><tr>']
+    parts += [f"<th>{heading}</th>" for heading in headings.values()]
+    parts.append("</tr>")
+    for row in rows[:MAX_TABLE_ROWS]:
+        parts.append(f"<tr>{''.join(f'<td>{cell(row, key)}</td>' for key in headings)}</tr>")
+    return [*parts, "</table></div>"]

@@ -20,13 +20,14 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from potstill.errors import UserError
+from potstill.metric_names import further
 
 if TYPE_CHECKING:
     import numpy as np
@@ -159,9 +160,15 @@ def last_attempt(run_dir: Path) -> int:
 
 
 def history(records: list[Record]) -> dict[str, list[float]]:
-    """`training_history.json`: one entry an epoch under each of HISTORY_KEYS, straight from the journal."""
+    """`training_history.json`: one entry an epoch under each of `history_keys`, straight from the journal."""
     epochs = [r for r in records if r["kind"] == "epoch"]
-    return {key: [r[key] for r in epochs] for key in HISTORY_KEYS if any(key in r for r in epochs)}
+    return {key: [r[key] for r in epochs] for key in history_keys(epochs)}
+
+
+def history_keys(epochs: Sequence[Record]) -> list[str]:
+    """Those of HISTORY_KEYS that these epoch records have, then the metrics that were chosen."""
+    kept = [key for key in HISTORY_KEYS if any(key in r for r in epochs)]
+    return [*kept, *further(epochs[-1] if epochs else ())]
 
 
 # -------------------------------------------------------------------------------------------- folder

@@ -7,9 +7,9 @@ of an Aim run, and goes on to close it when the driver dies. What Aim holds is t
 new attempt, and by `fill`, the run is emptied and told again under the same hash.
 
 Names in Aim. Per epoch, as in training_history.json, with context {"subset": "train" | "val"}: loss, top1_acc,
-top5_acc, macro_f1, lr, images_per_s, seconds, loss/<term>, weighted_loss/<term>. Per update: batch_loss, batch_lr,
-batch_images_per_s. Then warnings (text), predictions (images), confusion_matrix (figure); attributes config, dataset,
-git, teacher_run, classes, versions, status, summary.
+top5_acc, macro_f1, the metrics that were chosen, lr, images_per_s, seconds, loss/<term>, weighted_loss/<term>. Per
+update: batch_loss, batch_lr, batch_images_per_s. Then warnings (text), predictions (images), confusion_matrix (figure;
+not of a multi-label task); attributes config, dataset, git, teacher_run, classes, versions, status, summary.
 """
 
 from __future__ import annotations
@@ -28,10 +28,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from potstill import runs
 from potstill.errors import UserError
+from potstill.metric_names import further, plain
+
+if TYPE_CHECKING:
+    from potstill.predictions import Predictions
 
 Record = dict[str, Any]
 POLL_S = 1.0
@@ -238,6 +242,8 @@ class _AimRun:
                 for key in ("loss", "top1_acc", "top5_acc", "macro_f1"):
                     if f"{subset}_{key}" in record:
                         self._metric(record, key, record[f"{subset}_{key}"], subset)
+            for key in further(record):
+                self._metric(record, plain(key), record[key], "val")
             for key in ("lr", "images_per_s", "seconds"):
                 self._metric(record, key, record[key], "train")
             for term, values in record.get("terms", {}).items():
@@ -266,7 +272,8 @@ class _AimRun:
 
     def complete(self, records: list[Record], warn: Callable[[str], None]) -> None:
         """Add what is known at the end alone: the summary, images with predictions, the confusion matrix."""
-        from potstill.report import confusion_counts, read_predictions
+        from potstill.predictions import confusion_counts
+        from potstill.report import read_predictions
 
         summary = self.run_dir / "summary.json"
         if summary.exists():
@@ -276,16 +283,17 @@ class _AimRun:
         if not any(r["kind"] == "epoch" for r in records):
             return
         try:
-            meta, predictions = read_predictions(self.run_dir)
+            meta, found = read_predictions(self.run_dir)
         except UserError as error:
             warn(f"no confusion matrix and no images: {error}")
             return
         at = {"step": meta["step"], "epoch": meta.get("epoch"), "time": self.last_time}
         classes = self.about["classes"]
-        counts = confusion_counts(predictions, len(classes))
-        self._put(at, "confusion_matrix", _heatmap(counts, classes), {"subset": "val"})
+        if found.targets is None:
+            counts = confusion_counts(found, len(classes))
+            self._put(at, "confusion_matrix", _heatmap(counts, classes), {"subset": "val"})
         try:
-            for kind, images in _examples(self.about, predictions).items():
+            for kind, images in _examples(self.about, found).items():
                 if images:
                     self._put(at, "predictions", images, {"subset": "val", "kind": kind})
         except (OSError, ValueError, KeyError) as error:
@@ -334,10 +342,11 @@ def _heatmap(counts: Any, classes: list[str], max_classes: int = 100) -> Any:
     from aim.sdk.objects.figure import Figure
     from aim.storage.types import BLOB
 
-    from potstill.report import most_confused
+    from potstill.predictions import most_confused
 
     layout: dict[str, Any] = {"margin": {"l": 120, "b": 120, "t": 40, "r": 20}}
     if len(classes) <= max_classes:
+        counts = counts.toarray()
         share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         trace = {
             "type": "heatmap",
@@ -372,8 +381,11 @@ def _heatmap(counts: Any, classes: list[str], max_classes: int = 100) -> Any:
     return figure
 
 
-def _examples(about: Record, predictions: dict[str, Any]) -> dict[str, list[Any]]:
-    """The most confident mistakes, and right answers from all over the set, as captioned images."""
+def _examples(about: Record, found: Predictions) -> dict[str, list[Any]]:
+    """The most confident mistakes, and right answers from all over the set, as captioned images.
+
+    Of several labels a mistake is a best-scored class that is not true.
+    """
     import numpy as np
     from aim.sdk.objects.image import Image
     from PIL import Image as PILImage
@@ -381,10 +393,12 @@ def _examples(about: Record, predictions: dict[str, Any]) -> dict[str, list[Any]
     from potstill.data.cache import open_cache
 
     split = open_cache(Path(about["dataset"]["dir"])).split("val")
-    wrong = np.flatnonzero(predictions["label"] != predictions["prediction"])
-    right = np.flatnonzero(predictions["label"] == predictions["prediction"])
+    hit = found.label == found.prediction
+    if found.targets is not None:
+        hit = found.targets[np.arange(len(hit)), found.prediction]
+    wrong, right = np.flatnonzero(~hit), np.flatnonzero(hit)
     picks = {
-        "mistake": wrong[np.argsort(-predictions["confidence"][wrong], kind="stable")][
+        "mistake": wrong[np.argsort(-found.confidence[wrong], kind="stable")][
             : EXAMPLES["mistake"]
         ],
         "correct": right[np.unique(np.linspace(0, len(right) - 1, EXAMPLES["correct"]).astype(int))]
@@ -394,16 +408,30 @@ def _examples(about: Record, predictions: dict[str, Any]) -> dict[str, list[Any]
     return {
         kind: [
             Image(
-                PILImage.fromarray(split.image(split.row_of(int(predictions["id"][at])))),
-                caption=(
-                    f"{about['classes'][predictions['label'][at]]} → {about['classes'][predictions['prediction'][at]]} "
-                    f"({predictions['confidence'][at]:.2f})"
-                ),
+                PILImage.fromarray(split.image(split.row_of(int(found.id[at])))),
+                caption=_caption(found, int(at), about["classes"]),
             )
             for at in chosen
         ]
         for kind, chosen in picks.items()
     }
+
+
+def _caption(found: Predictions, at: int, classes: list[str], most: int = 5) -> str:
+    """`oak → ash (0.81)`; of several labels `oak + moss → oak (0.93) + ash (0.60)`, from the surest on."""
+    if found.targets is None or found.scores is None:
+        said = f"{classes[found.prediction[at]]} ({found.confidence[at]:.2f})"
+        return f"{classes[found.label[at]]} → {said}"
+    score_K = found.scores[at]
+    assert found.thresholds is not None
+    decided_K = score_K >= found.thresholds
+    true = [classes[k] for k in found.targets[at].nonzero()[0]]
+    said = [k for k in (-score_K).argsort(kind="stable") if decided_K[k]]
+    said = [f"{classes[k]} ({score_K[k]:.2f})" for k in said]
+    sides = (
+        " + ".join(s[:most]) + (" + …" if len(s) > most else "") or "none" for s in (true, said)
+    )
+    return " → ".join(sides)
 
 
 @contextmanager
