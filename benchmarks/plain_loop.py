@@ -33,7 +33,7 @@ from potstill.data.augment import Augment
 from potstill.data.batches import Batches
 from potstill.data.cache import open_cache
 from potstill.data.prepare import prepare
-from potstill.loop import _Training
+from potstill.loop import Training
 from potstill.models.weights import init_from
 from potstill.optim import LearningRate, build_optimizer
 from potstill.task import Task, build_terms
@@ -112,7 +112,7 @@ class _Quiet:
 def ours(config: Config, weights: Path | None) -> Callable[[], None]:
     """One update of our loop, as jobs/train.py runs it."""
     cache = open_cache(prepare(config.data, config.cache).cache_dir)
-    model = build_model(config, len(cache.classes))
+    model = build_model(config, cache.classes)
     if weights:
         init_from(model, weights, cache.classes)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -120,7 +120,7 @@ def ours(config: Config, weights: Path | None) -> Callable[[], None]:
         model, set(model.head_parameter_names()), config.optimizer, torch.device("cpu")
     )
     batches = Batches(cache.split("train"), BATCH, seed=0, shuffle=True)
-    training = _Training(
+    training = Training(
         Task(model, build_terms(config.task["terms"])),
         [],
         optimizer,
@@ -132,7 +132,6 @@ def ours(config: Config, weights: Path | None) -> Callable[[], None]:
         _Quiet(),
         torch.device("cpu"),
         cache.classes,
-        1,
     )
 
     def forever() -> Iterator[dict[str, torch.Tensor]]:

@@ -11,7 +11,7 @@ from potstill.config import EvaluateConfig, job
 
 @job("evaluate")
 def main(config: EvaluateConfig) -> None:
-    from potstill.evaluate import evaluate_run
+    from potstill.evaluation import evaluate_run
 
     evaluate_run(config)
 

@@ -12,6 +12,9 @@ import pytest
 from PIL import Image
 
 os.environ["OMP_WAIT_POLICY"] = "passive"
+# no test may reach a real cloud; Ray's workers inherit this
+os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+os.environ |= {"AWS_EC2_METADATA_DISABLED": "true", "AWS_DEFAULT_REGION": "us-east-1"}
 
 ROOT = Path(__file__).resolve().parents[1]
 COLOURS = {

@@ -357,7 +357,7 @@ def test_lost_predictions_of_an_orphan_do_not_reach_the_history(tmp_path):
 
 def test_evaluation_of_the_runs_own_data_says_what_the_run_said(tiny, cache_dir):
     from potstill.config import EvaluateConfig
-    from potstill.evaluate import evaluate_run
+    from potstill.evaluation import evaluate_run
 
     config = tiny("run.name=run", "loop.epochs=2")
     summary = fit(config)
@@ -373,7 +373,7 @@ def test_evaluation_of_an_unseen_folder_matches_classes_by_name(
     tiny, tmp_path, cache_dir, ray_session
 ):
     from potstill.config import EvaluateConfig
-    from potstill.evaluate import evaluate_run
+    from potstill.evaluation import evaluate_run
 
     config = tiny("run.name=run", "loop.epochs=3")
     fit(config)

@@ -17,11 +17,13 @@ ALLOWED = {
     "metrics": {"losses"},
     "optim": set(),
     "watch": set(),
-    "loop": {"task", "metrics", "optim", "watch", "data"},
+    "averaging": set(),
+    "memory": set(),
+    "loop": {"task", "metrics", "optim", "averaging", "memory", "watch", "data"},
     "models": {"models"},
     "data": {"data", "cluster"},
 }
-BELOW_ALL = {"errors", "config", "runs", "console"}
+BELOW_ALL = {"errors", "config", "runs", "console", "registry", "metric_names", "predictions"}
 
 
 def imported(path: Path) -> list[tuple[str, bool]]:

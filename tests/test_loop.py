@@ -15,8 +15,8 @@ from potstill.config import Augment as AugmentConfig
 from potstill.config import Loop, Optimizer, Schedule
 from potstill.data.augment import Augment
 from potstill.data.batches import Batches
-from potstill.errors import Stopped
-from potstill.loop import LossNotFinite, train
+from potstill.errors import Stopped, UserError
+from potstill.loop import LossNotFinite, Training
 from potstill.optim import LearningRate, build_optimizer
 from potstill.task import Task, Teacher, build_terms
 
@@ -36,6 +36,7 @@ class Colours:
         rng = np.random.default_rng(seed)
         self.ids = np.arange(n, dtype=np.int64)
         self.labels = self.ids % 3
+        self.weights = np.ones(n, np.float32)
         base = np.eye(3)[self.labels][:, ::-1] * 120 + 60
         self.images = np.clip(
             base[:, None, None, :] + rng.normal(0, 50, (n, 8, 8, 3)), 0, 255
@@ -44,6 +45,9 @@ class Colours:
 
     def read(self, rows):
         return self.images[rows]
+
+    def targets(self, rows):
+        return self.labels[rows]
 
 
 class Net(nn.Module):
@@ -106,6 +110,7 @@ def run(
     schedule=None,
     attempt=None,
     device=CPU,
+    augment=None,
     **loop,
 ):
     cfg = Loop(
@@ -120,27 +125,34 @@ def run(
     session = session or LocalSession(run_dir)
     torch.manual_seed(cfg.seed)
     task = Task((net or Net()).to(device), build_terms(terms or TERMS))
-    batches = Batches(Colours(), cfg.batch_size, seed=cfg.seed, shuffle=True)
+    batches = Batches(
+        Colours(),
+        cfg.batch_size,
+        seed=cfg.seed,
+        shuffle=True,
+        sampler=cfg.sampler,
+        steps_per_epoch=cfg.steps_per_epoch,
+    )
     opt = build_optimizer(
         task.model, {"fc.weight", "fc.bias"}, optimizer or Optimizer(lr=0.02), device
     )
     rate = LearningRate(
         opt, schedule or Schedule(), batches.steps, cfg.epochs, cfg.monitor != "val_loss"
     )
-    progress = train(
+    progress = Training(
         task,
         teachers,
         opt,
         rate,
         batches,
         Batches(Colours(30, seed=1), 16, seed=0, shuffle=False),
-        Augment(AugmentConfig(flip=0.5, crop_scale=[0.7, 1.0]), 8, cfg.seed),
+        augment or Augment(AugmentConfig(flip=0.5, crop_scale=[0.7, 1.0]), 8, cfg.seed),
         cfg,
         session,
-        device=device,
-        classes=CLASSES,
+        device,
+        CLASSES,
         attempt=attempt or 1 + runs.last_attempt(run_dir),
-    )
+    ).run()
     return task, progress
 
 
@@ -389,3 +401,167 @@ def test_collapse_is_named_in_the_epochs_record(tmp_path):
 
     run(tmp_path / "r", net=Constant(), epochs=1)
     assert [w["name"] for w in records(tmp_path / "r", "epoch")[0]["warnings"]] == ["collapsed"]
+
+
+def augment_of(**keys) -> Augment:
+    return Augment(AugmentConfig(**keys), 8, 0)
+
+
+def trained_on(run_dir: Path) -> dict[str, torch.Tensor]:
+    """The raw weights of the last checkpoint, where averaged ones are what is kept."""
+    return runs.pick_checkpoint(run_dir, "last").state()["averager"]["tensors"]
+
+
+def test_averaged_weights_are_what_is_measured_and_kept(tmp_path):
+    """The average of the last two epochs' ends, worked out from a run that kept every epoch's weights."""
+    ends = []
+
+    class Keeping(LocalSession):
+        def report(self, metrics, snapshot):
+            super().report(metrics, snapshot)
+            ends.append({k: v.clone() for k, v in snapshot.model_state.items()})
+
+    run(tmp_path / "plain", session=Keeping(tmp_path / "plain"), net=_seeded(norm=False))
+    run(tmp_path / "mean", net=_seeded(norm=False), average_last=2)
+    mean = {k: (ends[1][k] + ends[2][k]) / 2 for k in ends[0]}
+    for name, value in weights(tmp_path / "mean").items():
+        assert torch.allclose(value, mean[name], atol=1e-6), name
+    assert same(trained_on(tmp_path / "mean"), ends[2])
+    measured = [records(tmp_path / d, "epoch")[-1] for d in ("plain", "mean")]
+    assert measured[0]["train_loss"] == measured[1]["train_loss"]
+    assert measured[0]["val_loss"] != measured[1]["val_loss"]
+
+
+@pytest.mark.parametrize("average", [{"ema": 0.9}, {"average_last": 2}])
+@pytest.mark.parametrize("die_at", [6, 10])
+def test_an_average_goes_on_where_it_stopped(tmp_path, average, die_at):
+    options = {"checkpoint_every_steps": 3, **average}
+    run(tmp_path / "whole", net=_seeded(), **options)
+    broken = tmp_path / "broken"
+    with pytest.raises(KeyboardInterrupt):
+        run(broken, session=LocalSession(broken, die_at=die_at), net=_seeded(), **options)
+    run(broken, net=_seeded(), **options)
+    assert same(weights(tmp_path / "whole"), weights(broken))
+    assert same(trained_on(tmp_path / "whole"), trained_on(broken))
+
+
+def test_an_average_leaves_the_training_alone(tmp_path):
+    run(tmp_path / "plain", net=_seeded())
+    run(tmp_path / "ema", net=_seeded(), ema=0.9)
+    assert same(weights(tmp_path / "plain"), trained_on(tmp_path / "ema"))
+    assert not same(weights(tmp_path / "plain"), weights(tmp_path / "ema"))
+
+
+def test_an_epoch_may_be_so_many_steps(tmp_path):
+    run(tmp_path / "r", steps_per_epoch=6, epochs=2)
+    assert [e["step"] for e in records(tmp_path / "r", "epoch")] == [6, 12]
+    assert records(tmp_path / "r", "attempt")[0]["total_steps"] == 12
+
+
+@pytest.mark.parametrize("parts", [{"micro_batch_size": 6}, {"accumulate": 3}])
+def test_mixing_does_not_depend_on_the_parts_of_an_update(tmp_path, parts):
+    mixing = {"augment": augment_of(mixup=0.4, cutmix=1.0), "epochs": 2}
+    run(tmp_path / "whole", net=_seeded(norm=False), **mixing)
+    run(tmp_path / "parts", net=_seeded(norm=False), **mixing, **parts)
+    run(tmp_path / "plain", net=_seeded(norm=False), augment=augment_of(), epochs=2)
+    told = [[e["train_loss"] for e in records(tmp_path / d, "epoch")] for d in ("whole", "parts")]
+    assert told[0] == pytest.approx(told[1], abs=1e-5)
+    assert told[0][0] != pytest.approx(records(tmp_path / "plain", "epoch")[0]["train_loss"])
+
+
+def test_mixing_ends_before_the_last_epochs(tmp_path):
+    """Mixed images have a larger loss than their own plain ones: the last epoch's falls at once."""
+    off = augment_of(mixup=5.0, mix_off_epochs=1)
+    still = {"optimizer": Optimizer(lr=1e-30, weight_decay=0), "net": _seeded(norm=False)}
+    run(tmp_path / "off", augment=off, epochs=2, **still)
+    run(tmp_path / "plain", augment=augment_of(), epochs=2, **still)
+    told = [[e["train_loss"] for e in records(tmp_path / d, "epoch")] for d in ("off", "plain")]
+    assert told[0][0] != pytest.approx(told[1][0], rel=1e-5)
+    assert told[0][1] == pytest.approx(told[1][1], rel=1e-5)
+
+
+def test_images_grow_and_validation_sees_the_whole_size(tmp_path):
+    seen = []
+
+    class Looking(Net):
+        def forward(self, batch):
+            seen.append((self.training, batch["image"].shape[-1]))
+            return super().forward(batch)
+
+    grow = Augment(AugmentConfig(image_px=48, start_px=16, grow_until=0.5), 8, 0)
+    run(tmp_path / "r", net=Looking(), augment=grow, epochs=4)
+    training = [px for train, px in seen if train][::4]
+    assert training == [16, 32, 48, 48]
+    assert {px for train, px in seen if not train} == {48}
+    assert [e["image_px"] for e in records(tmp_path / "r", "epoch")] == training
+
+
+def test_validation_averages_the_views(tmp_path):
+    still = {
+        "optimizer": Optimizer(lr=1e-30, weight_decay=0),
+        "epochs": 1,
+        "net": _seeded(norm=False),
+    }
+    run(tmp_path / "one", augment=augment_of(), **still)
+    run(tmp_path / "two", augment=augment_of(tta="flip"), **still)
+    one, two = (records(tmp_path / d, "epoch")[0] for d in ("one", "two"))
+    assert one["train_loss"] == two["train_loss"]
+    assert one["val_loss"] != two["val_loss"]
+    net = still["net"].eval()
+    losses = []
+    for batch in Batches(Colours(30, seed=1), 16, seed=0, shuffle=False).epoch(0):
+        image = augment_of().eval(batch["image"])
+        both = [net({"image": i})["logits"].softmax(1) for i in (image, image.flip(3))]
+        mean = torch.stack(both).mean(0).log()
+        losses += nn.functional.nll_loss(mean, batch["label"], reduction="none").tolist()
+    assert two["val_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_auto_takes_what_memory_holds_and_keeps_to_it(tmp_path, monkeypatch):
+    from potstill import memory
+
+    run(tmp_path / "roomy", net=_seeded(), micro_batch_size="auto", epochs=1)
+    assert records(tmp_path / "roomy", "attempt")[0]["micro_batch_size"] == 16
+    run(tmp_path / "plain", net=_seeded(), epochs=1)
+    assert same(weights(tmp_path / "roomy"), weights(tmp_path / "plain")), "trying leaves no trace"
+    needed = []
+    saved = memory.saved_bytes
+    monkeypatch.setattr(
+        memory, "saved_bytes", lambda *a: needed.append((a[1], saved(*a))) or needed[-1][1]
+    )
+    run(tmp_path / "seen", net=_seeded(), micro_batch_size="auto", epochs=1)
+    of_two, of_four = dict(needed)[2], dict(needed)[4]
+    room_for_ten = of_two + 8 * (of_four - of_two) / 2
+    monkeypatch.setattr(memory, "free_bytes", lambda: 2 * room_for_ten / memory.MARGIN)
+    run(tmp_path / "tight", net=_seeded(), micro_batch_size="auto", epochs=1)
+    chosen = records(tmp_path / "tight", "attempt")[0]["micro_batch_size"]
+    assert chosen == 8, "the half of 16 is the largest part below ten"
+    monkeypatch.undo()
+    run(tmp_path / "tight", net=_seeded(), micro_batch_size="auto", epochs=2)
+    assert records(tmp_path / "tight", "attempt")[1]["micro_batch_size"] == chosen
+    monkeypatch.setattr(memory, "free_bytes", lambda: 1000)
+    with pytest.raises(UserError, match="micro_batch_size=auto found no room for two samples"):
+        run(tmp_path / "none", net=_seeded(), micro_batch_size="auto")
+
+
+def test_a_device_that_runs_out_of_memory_gets_less(monkeypatch):
+    """What a GPU does, with its failure faked."""
+    from potstill.memory import largest_that_fits
+
+    tried = []
+
+    def attempt(n):
+        tried.append(n)
+        if n > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for name, value in {
+        "empty_cache": None,
+        "mem_get_info": (1000, 1000),
+        "memory_reserved": 0,
+        "max_memory_allocated": 10,
+        "reset_peak_memory_stats": None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert largest_that_fits(attempt, 100, torch.device("cuda")) == 12
+    assert tried == [100, 50, 24, 12]

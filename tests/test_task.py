@@ -31,7 +31,9 @@ def batch_of(n: int, total: float | None = None):
         "image": torch.rand(n, 3, 4, 4),
         "label": torch.arange(n) % 3,
         "weight": torch.ones(n),
+        "label_weight": torch.ones(n),
         "weight_total": torch.tensor(total or float(n)),
+        "label_weight_total": torch.tensor(total or float(n)),
     }
 
 
@@ -50,7 +52,7 @@ def test_shares_of_parts_add_up_to_the_whole():
 def test_padding_weighs_nothing():
     task = Task(Linear(), build_terms(CLASSIFY))
     batch = batch_of(6, total=4.0)
-    batch["weight"][4:] = 0
+    batch["weight"][4:] = batch["label_weight"][4:] = 0
     loss, _, _ = task(batch)
     four = {k: v[:4] if v.ndim else v for k, v in batch.items()}
     assert loss.item() == pytest.approx(task(four)[0].item(), rel=1e-6)
@@ -58,11 +60,80 @@ def test_padding_weighs_nothing():
 
 def test_terms_are_weighted_and_told_apart():
     student, teacher = Task(Linear(), build_terms(DISTIL)), Teacher(Linear(), "teacher", [0, 1, 2])
-    loss, shares, _ = student(teacher(batch_of(5)))
-    assert set(shares) == {"task", "distil"}
+    loss, sums, _ = student(teacher(batch_of(5)))
+    assert set(sums) == {"task", "distil"}
+    assert all(s.weight == 5 for s in sums.values())
+    task, distil = (sums[name].value.item() / 5 for name in ("task", "distil"))
+    assert loss.item() == pytest.approx(0.1 * task + 0.9 * distil, rel=1e-5)
+
+
+def test_rows_without_a_label_teach_by_the_teacher_alone():
+    """Of six rows four have a label: the task's mean is over four, the distillation's over six."""
+    student, teacher = Task(Linear(), build_terms(DISTIL)), Teacher(Linear(), "teacher", [0, 1, 2])
+    batch = batch_of(6)
+    batch["label"][4:], batch["label_weight"][4:] = -1, 0
+    batch["label_weight_total"] = torch.tensor(4.0)
+    _, sums, outputs = student(teacher(batch))
+    four = nn.functional.cross_entropy(outputs["logits"][:4], batch["label"][:4], reduction="sum")
+    assert sums["task"].value.item() == pytest.approx(four.item(), rel=1e-5)
+    assert (sums["task"].weight, sums["distil"].weight) == (4, 6)
+
+
+def test_a_batch_without_any_label_is_no_reason_to_fail():
+    task, batch = Task(Linear(), build_terms(CLASSIFY)), batch_of(4)
+    batch["label"][:], batch["label_weight"][:] = -1, 0
+    batch["label_weight_total"] = torch.tensor(0.0)
+    loss, _, _ = task(batch)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(torch.isfinite(p.grad).all() for p in task.parameters())
+
+
+def test_both_labels_of_a_mixed_image_count_by_their_shares():
+    """Cross-entropy is linear in the target: the same as with soft targets, worked by torch."""
+    task, batch = Task(Linear(), build_terms(CLASSIFY)), batch_of(4)
+    batch["label_mix"] = batch["label"][[1, 0, 3, 2]]
+    batch["label_weight_mix"] = torch.ones(4)
+    batch["mix"] = torch.tensor([0.3, 0.3, 0.8, 0.8])
+    loss, _, outputs = task(batch)
+    own, other = (nn.functional.one_hot(batch[k], 3).float() for k in ("label", "label_mix"))
+    soft = batch["mix"][:, None] * own + (1 - batch["mix"][:, None]) * other
     assert loss.item() == pytest.approx(
-        0.1 * shares["task"].item() + 0.9 * shares["distil"].item(), rel=1e-5
+        nn.functional.cross_entropy(outputs["logits"], soft).item(), rel=1e-5
     )
+
+
+def test_a_label_mixed_with_none_counts_by_its_share():
+    task, batch = Task(Linear(), build_terms(CLASSIFY)), batch_of(2)
+    batch |= {"label": torch.tensor([1, -1]), "label_mix": torch.tensor([-1, 1])}
+    batch |= {
+        "label_weight": torch.tensor([1.0, 0.0]),
+        "label_weight_mix": torch.tensor([0.0, 1.0]),
+    }
+    batch |= {"mix": torch.tensor([0.7, 0.7]), "label_weight_total": torch.tensor(1.0)}
+    loss, sums, outputs = task(batch)
+    each = nn.functional.cross_entropy(outputs["logits"], torch.tensor([1, 1]), reduction="none")
+    assert loss.item() == pytest.approx((0.7 * each[0] + 0.3 * each[1]).item(), rel=1e-5)
+    assert sums["task"].weight == pytest.approx(1.0)
+
+
+def test_class_weights_change_what_a_class_counts():
+    plain = Task(Linear(), build_terms(CLASSIFY))
+    node = {"task": {**CLASSIFY["task"], "class_weights": "balanced"}}
+    weighted = Task(plain.model, build_terms(node, counts_K=[80, 10, 10]))
+    batch = batch_of(9)
+    rare = {**batch, "label": torch.ones(9, dtype=torch.int64)}
+    assert weighted(rare)[0].item() > 3 * plain(rare)[0].item()
+    common = {**batch, "label": torch.zeros(9, dtype=torch.int64)}
+    assert weighted(common)[0].item() < 0.5 * plain(common)[0].item()
+    with pytest.raises(UserError, match=r"class_weights must be .* each of the 3 classes, got 2"):
+        build_terms({"task": {**CLASSIFY["task"], "class_weights": [1, 2]}}, counts_K=[1, 1, 1])
+
+
+@pytest.mark.parametrize("kind", ["multi_label", "binary"])
+def test_a_loss_that_does_not_suit_the_labels_is_refused(kind):
+    with pytest.raises(UserError, match=rf"task.kind={kind}, got cross_entropy.*use bce"):
+        build_terms(CLASSIFY, kind)
 
 
 def test_a_teacher_stays_frozen_and_in_eval_mode():
@@ -109,5 +180,14 @@ def test_bad_terms_are_refused_by_name(change, says):
 
 
 def test_a_missing_column_is_named():
-    with pytest.raises(UserError, match=r"names 'teacher.logits'; there are image, label, logits"):
+    with pytest.raises(
+        UserError, match=r"names 'teacher.logits'; there are image, label, label_weight"
+    ):
         Task(Linear(), build_terms(DISTIL))(batch_of(2))
+
+
+def test_what_another_loss_has_switched_off_does_not_get_in_the_way():
+    node = {"loss": "kl", "inputs": ["logits", "teacher.logits"], "label_smoothing": 0.0}
+    assert build_terms({"distil": {**node, "class_weights": None}})[0].options == {}
+    with pytest.raises(UserError, match=r"label_smoothing is not an option of kl"):
+        build_terms({"distil": {**node, "label_smoothing": 0.1}})

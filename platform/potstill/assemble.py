@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timm.layers.norm_act import convert_sync_batchnorm
 
@@ -17,10 +19,14 @@ from potstill.data.augment import Augment
 from potstill.data.batches import Batches
 from potstill.data.cache import Cache, open_cache
 from potstill.errors import UserError
-from potstill.loop import Progress, Session, higher_is_better, train
+from potstill.loop import Progress, Session, Training, autocast_of
+from potstill.metric_names import higher_is_better
+from potstill.metrics import mean_of_views
 from potstill.models.images import TimmModel, freeze
-from potstill.models.weights import init_from, load_run_state
+from potstill.models.weights import head_of, init_from, load_run_state
 from potstill.optim import LearningRate, build_optimizer
+from potstill.predictions import read_thresholds
+from potstill.registry import load_plugins
 from potstill.task import Task, Teacher, build_terms, match_classes
 from potstill.watch import check_labels
 
@@ -30,27 +36,45 @@ def image_px(config: Config) -> int:
     return config.augment.image_px or config.data.decode.image_px
 
 
-def build_model(config: Config, num_classes: int) -> TimmModel:
-    return build("model", config.model, num_classes=num_classes, image_px=image_px(config))
+def task_kind(config: Config) -> str:
+    """single_label | multi_label | binary."""
+    return config.task.get("kind", "single_label")
+
+
+def outputs_of(config: Config, classes: Sequence[str]) -> list[str]:
+    """What each of the model's logits stands for: every class or, of two in a binary task, the second."""
+    return list(classes[1:] if task_kind(config) == "binary" else classes)
+
+
+def build_model(config: Config, outputs: Sequence[str]) -> TimmModel:
+    return build("model", config.model, num_classes=len(outputs), image_px=image_px(config))
 
 
 def load_model(run_dir: Path, which: str = "best") -> tuple[TimmModel, list[str], Config]:
-    """A run's model with its weights, its classes in the order of its outputs, and its config."""
+    """A run's model with its weights, its classes by name, and its config."""
     config = load_run_config(run_dir)
+    load_plugins(config.plugins)
     config.model["pretrained"] = False
     classes = runs.read_json(run_dir / "run.json")["classes"]
-    model = build_model(config, len(classes))
+    model = build_model(config, outputs_of(config, classes))
     load_run_state(model, run_dir, which)
     return model, classes, config
 
 
-def load_teacher(run_dir: Path, name: str, classes: Sequence[str], px: int) -> Teacher:
+def load_teacher(
+    run_dir: Path, name: str, classes: Sequence[str], px: int, kind: str = "single_label"
+) -> Teacher:
     """A run as a frozen teacher for these classes and images of px x px.
 
-    Raises UserError unless it knows the same classes and takes images of this size.
+    Raises UserError unless it knows the same classes, does the same kind of task, and takes images of this size.
     """
     model, known, config = load_model(run_dir)
-    teacher = Teacher(model, name, match_classes(known, classes, str(run_dir)))
+    if task_kind(config) != kind:
+        raise UserError(
+            f"teacher.run must do the student's kind of task ({kind}), got {run_dir.name}, which does {task_kind(config)}"
+        )
+    order = match_classes(known, classes, str(run_dir))
+    teacher = Teacher(model, name, [0] if kind == "binary" else order)
     try:
         teacher({"image": torch.zeros(1, 3, px, px)})
     except (AssertionError, RuntimeError) as error:
@@ -60,6 +84,70 @@ def load_teacher(run_dir: Path, name: str, classes: Sequence[str], px: int) -> T
             "teacher that takes any size"
         ) from None
     return teacher
+
+
+class Predictor:
+    """A run's best or last weights, ready to be asked. `classes` [K] are its classes by name.
+
+    Raises UserError where there is no such run or checkpoint.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        checkpoint: str = "best",
+        precision: str = "fp32",
+        use_gpu: bool | None = None,
+        tta: str | None = None,
+    ) -> None:
+        model, self.classes, config = load_model(run_dir, checkpoint)
+        self.kind = task_kind(config)
+        self.decode = config.data.decode
+        self.device = pick_device(use_gpu)
+        self.autocast = autocast_of(precision, self.device)
+        views = dataclasses.replace(config.augment, tta=tta or config.augment.tta)
+        self.augment = Augment(views, config.data.decode.image_px, config.loop.seed)
+        self.model = model.to(device=self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self.outputs = outputs_of(config, self.classes)
+        found = runs.pick_checkpoint(run_dir, checkpoint).folder
+        self.thresholds = read_thresholds(found, self.outputs)
+
+    @torch.inference_mode()
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, 3, H, W] on any device -> float [B, K] (binary: [B, 1]): the mean of all views."""
+        views = self.augment.eval_views(images.to(self.device, non_blocking=True))
+        with self.autocast():
+            said = [self.model({"image": view})["logits"].float() for view in views]
+        return mean_of_views(said, self.kind)
+
+    def probabilities(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, 3, H, W] -> float [B, K]; of a binary task both classes' [B, 2]."""
+        logits = self.logits(images)
+        if self.kind == "single_label":
+            return logits.softmax(dim=1)
+        chances = logits.sigmoid()
+        return torch.cat((1 - chances, chances), dim=1) if self.kind == "binary" else chances
+
+    def said(self, probability_K: np.ndarray) -> tuple[list[str], float]:
+        """Class names and confidence: the most probable class or, where thresholds decide, what is above them."""
+        if self.kind == "single_label":
+            best = int(probability_K.argmax())
+            return [self.classes[best]], float(probability_K[best])
+        thresholds = 0.5 if self.thresholds is None else self.thresholds
+        if self.kind == "binary":
+            chosen = int((probability_K[1:] >= thresholds).item())
+            return [self.classes[chosen]], float(probability_K[chosen])
+        above = np.flatnonzero(probability_K >= thresholds)
+        above = above[np.argsort(-probability_K[above])]
+        return [self.classes[k] for k in above], float(probability_K.max())
+
+
+def pick_device(use_gpu: bool | None) -> torch.device:
+    """The GPU where there is one, unless `use_gpu` says otherwise. Raises UserError."""
+    on_gpu = torch.cuda.is_available() and use_gpu is not False
+    if use_gpu and not on_gpu:
+        raise UserError("use_gpu must be false or null on a machine without a GPU, got true")
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def train_run(
@@ -74,27 +162,38 @@ def train_run(
 
     `findings` are warnings about the data that were found before; they go into the journal with ours.
     """
-    cache = open_cache(cache_dir)
+    cache = open_cache(cache_dir, local_dir=config.cache.local_dir, max_gb=config.cache.max_gb)
     torch.manual_seed(config.loop.seed)
     # a run that goes on has its weights from its checkpoint; where they once came from may be gone
     goes_on = session.resume_from()[0] is not None
     config.model["pretrained"] = bool(config.model.get("pretrained")) and not goes_on
-    model = build_model(config, len(cache.classes))
+    outputs = outputs_of(config, cache.classes)
+    model = build_model(config, outputs)
+    _check_smaller_size(config, model)
     notes = []
     if config.model.get("init_from") and not goes_on:
-        notes = init_from(model, config.model["init_from"], cache.classes).lines()
-    freeze(model, (config.model.get("freeze") or {}).get("all_but_last_blocks"))
-    model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    task = Task(model, build_terms(config.task["terms"]))
+        notes = init_from(model, config.model["init_from"], outputs).lines()
+    if (blocks := (config.model.get("freeze") or {}).get("all_but_last_blocks")) is not None:
+        freeze(model, blocks)
+    counts = _counts(cache)
+    kind = task_kind(config)
+    layout = torch.channels_last if config.loop.channels_last else torch.contiguous_format
+    model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    labelled = int((cache.split("train").labels >= 0).sum())
+    terms = build_terms(config.task["terms"], kind, counts["train"], device, labelled)
+    task = Task(model, terms, kind)
     if config.scaling.sync_batchnorm and session.world_size > 1 and device.type == "cuda":
         # torch's own would drop the activation inside timm's BatchNormAct2d
         task.model = convert_sync_batchnorm(task.model)
     teachers = []
     if config.teacher.run:
-        teacher = load_teacher(Path(config.teacher.run), "teacher", cache.classes, image_px(config))
-        teachers.append(teacher.to(device=device, memory_format=torch.channels_last))  # type: ignore[call-overload]
+        run, px = Path(config.teacher.run), image_px(config)
+        teacher = load_teacher(run, "teacher", cache.classes, px, kind)
+        teachers.append(teacher.to(device=device, memory_format=layout))  # type: ignore[call-overload]
+    if config.loop.compile:
+        _compile([task.model, *(t.model for t in teachers)], config, device)
     batches, val_batches = _batches(config, cache, session, device)
-    optimizer = build_optimizer(model, set(model.head_parameter_names()), config.optimizer, device)
+    optimizer = build_optimizer(model, set(head_of(model)), config.optimizer, device)
     learning_rate = LearningRate(
         optimizer,
         config.schedule,
@@ -106,23 +205,62 @@ def train_run(
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
-    return train(
-        task,
-        teachers,
-        optimizer,
-        learning_rate,
-        batches,
-        val_batches,
-        Augment(config.augment, config.data.decode.image_px, config.loop.seed),
-        config.loop,
-        session,
+    return Training(
+        task=task,
+        teachers=teachers,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        batches=batches,
+        val_batches=val_batches,
+        augment=Augment(config.augment, config.data.decode.image_px, config.loop.seed),
+        cfg=config.loop,
+        session=session,
         device=device,
         classes=cache.classes,
+        metrics=config.task.get("metrics") or (),
+        threshold=config.task.get("threshold", 0.5),
         attempt=attempt,
-        standing=[*findings, *check_labels(_counts(cache), cache.classes)],
-        notes=notes,
-        facts=facts,
-    )
+        standing=[*findings, *check_labels(counts, cache.classes)],
+    ).run(notes, facts)
+
+
+def _check_smaller_size(config: Config, model: Any) -> None:
+    """Whether the model takes the sizes that progressive training begins with."""
+    start_px = config.augment.start_px
+    if start_px is None:
+        return
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()({"image": torch.zeros(1, 3, start_px, start_px)})
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(
+            f"augment.start_px must be a size that the model takes, got {start_px} for {config.model.get('name')}: "
+            f"{str(error).splitlines()[0]}; set augment.start_px=null"
+        ) from None
+    finally:
+        model.train(was_training)
+
+
+def _compile(models: Sequence[Any], config: Config, device: torch.device) -> None:
+    """Compile in place, and try it at once: what the compiler cannot do is said before the training starts."""
+    px = image_px(config)
+    for model in models:
+        model.compile()
+    sample = {"image": torch.zeros(2, 3, px, px, device=device)}
+    training = models[0].training
+    try:
+        with torch.no_grad():
+            models[0].eval()(sample)
+    except Exception as error:
+        if not type(error).__module__.startswith("torch._"):
+            raise
+        raise UserError(
+            f"loop.compile=true needs a working compiler for {device.type} ({str(error).strip().splitlines()[0]}); install "
+            "one (g++ for CPUs), or set loop.compile=false"
+        ) from error
+    finally:
+        models[0].train(training)
 
 
 def _batches(
@@ -142,10 +280,15 @@ def _batches(
         shuffle=True,
         window_rows=window_rows,
         views=config.augment.views,
+        sampler=config.loop.sampler,
+        steps_per_epoch=config.loop.steps_per_epoch,
         **shared,
     )
     # no gradients are kept, so that validation can take more at a time than an update's forward pass does
-    forward = config.loop.micro_batch_size or -(-config.loop.batch_size // config.loop.accumulate)
+    micro = config.loop.micro_batch_size
+    forward = (
+        micro if isinstance(micro, int) else -(-config.loop.batch_size // config.loop.accumulate)
+    )
     validation = Batches(
         cache.split("val"), max(2 * forward, 2 * session.world_size), shuffle=False, **shared
     )
@@ -153,12 +296,8 @@ def _batches(
 
 
 def _counts(cache: Cache) -> dict[str, Any]:
-    import numpy as np
-
-    return {
-        s: np.bincount(cache.split(s).labels, minlength=len(cache.classes))
-        for s in ("train", "val")
-    }
+    """Images of each class [K], by split."""
+    return {s: cache.split(s).class_counts() for s in ("train", "val")}
 
 
 def keep_freed_memory() -> None:

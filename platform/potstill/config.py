@@ -10,21 +10,24 @@ import dataclasses
 import difflib
 import fnmatch
 import hashlib
-import importlib
 import inspect
+import itertools
 import json
 import math
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from potstill import registry
 from potstill.errors import Stopped, UserError
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+
+AUDIT_CHECKS = ("duplicates", "labels", "balance", "history", "splits", "blank")
 
 
 # ---------------------------------------------------------------------------------------------- schema
@@ -47,11 +50,33 @@ class Split:
 
 
 @dataclass
+class Columns:
+    image: str | None = None
+    """Column of paths, URLs or bytes; null: the first there is of path, url, image, image.bytes, file_name, bytes.
+    Of a tar: the extension of the image, where a sample has several."""
+    label: str = "label"
+    """Column of class names; with data.multi_label a list of them, or text with `|` between."""
+    split: str = "split"
+    """Column of train, val or test; where it is missing or empty, the split is made (data.split)."""
+    weight: str = "weight"
+    """Column of sample weights; where it is missing, each is 1."""
+    group: str = "group"
+    """Column of what must not straddle a split: a plant, a patient, a camera trap."""
+
+
+@dataclass
 class Data:
     source: str = "folder"
-    """folder: <root>/<class>/*, or <root>/{train,val,test}/<class>/*."""
+    """folder | manifest (CSV, JSONL, Parquet) | tar (WebDataset) | parquet (Hugging Face layout) | a plug-in's."""
     root: str | None = None
-    """The folder of images; must be given."""
+    """Folder, manifest or shards (`train-{000..099}.tar`): a path, or a URI (s3://, gs://, file://); must be given."""
+    columns: Columns = field(default_factory=Columns)
+    allow_outside: bool = False
+    """true: a manifest's relative paths may leave its folder, and absolute ones are taken."""
+    multi_label: bool = False
+    """true: an image may have several classes, or none (task=multilabel)."""
+    unlabeled: str | None = None
+    """Folder or URI of further training images without labels: terms that need a label leave them out."""
     classes: list[str] | None = None
     """Names or wildcards (`Quercus_*`); null takes every class."""
     max_samples: int | None = None
@@ -67,9 +92,15 @@ class Data:
 @dataclass
 class Cache:
     dir: str = "cache"
-    """Folder of the caches: one folder a set and decoding."""
+    """Folder of the caches: one folder a set, decoding and format."""
     max_gb: float | None = None
-    """What all sets in it may take, in GB; null sets no limit."""
+    """What all sets in it may take, in GB: the least recently used go, never one in use. null sets no limit."""
+    format: str = "auto"
+    """raw (decoded pixels, memory-mapped) | jpeg (a fifth of the space or less, decoded at every read) | auto: raw where it fits."""
+    jpeg_quality: int = 95
+    """Quality of re-encoded shards, from 1 to 100 (format=jpeg)."""
+    local_dir: str | None = None
+    """Folder on this node's own disk to which shards are copied before they are read; null reads them in place."""
     verify: bool = False
     """Read every shard again and compare its checksum before it is used (sizes are always compared)."""
 
@@ -79,19 +110,45 @@ class Augment:
     image_px: int | None = None
     """Side of what the model sees, in pixels; null is data.decode.image_px."""
     crop_scale: list[float] = field(default_factory=lambda: [1.0, 1.0])
-    """Smallest and largest share of the image's area that a random crop takes."""
+    """Smallest and largest share of the image's area that a random crop takes. Source: arXiv:1409.4842, timm --scale"""
     crop_ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333])
-    """Smallest and largest ratio of a random crop's width to its height."""
+    """Smallest and largest ratio of a random crop's width to its height. Source: arXiv:1409.4842, timm --ratio"""
     flip: float = 0.0
-    """Probability of a horizontal flip."""
+    """Probability of a horizontal flip. Source: timm --hflip"""
+    vflip: float = 0.0
+    """Probability of a vertical flip. Source: timm --vflip"""
     rotate: float = 0.0
-    """Largest angle, in degrees, either way."""
+    """Largest angle, in degrees, either way. Source: torchvision RandomRotation"""
     color: float = 0.0
-    """Strength of brightness, contrast and saturation changes: factors in [1 - color, 1 + color]."""
+    """Strength of brightness, contrast and saturation changes: factors in [1 - color, 1 + color]. Source: timm --color-jitter"""
     eval_crop: float = 1.0
-    """Share of the frame's side that validation sees, from the centre; 0.875 suits crops of half the frame and more."""
+    """Share of the frame's side that validation sees, from the centre; 0.875 suits crops of half the frame and more. Source: arXiv:1906.06423, timm --crop-pct"""
     views: int | None = None
-    """How many different augmentations a sample has in all; null draws a new one at every occurrence."""
+    """How many different augmentations a sample has in all; null draws a new one at every occurrence. Source: arXiv:2106.05237"""
+    policy: str | None = None
+    """rand-m9-n2-mstd0.5 (RandAugment) | trivial (TrivialAugment) | augmix-m3-w3 (AugMix) | a plug-in's; null is off. Source: arXiv:1909.13719, arXiv:2103.10158, arXiv:1912.02781, timm --aa"""
+    erasing: float = 0.0
+    """Probability that a rectangle is erased (random erasing). Source: arXiv:1708.04896, timm --reprob"""
+    erasing_scale: list[float] = field(default_factory=lambda: [0.02, 0.3333])
+    """Smallest and largest share of the image that is erased. Source: arXiv:1708.04896"""
+    erasing_mode: str = "pixel"
+    """pixel (noise) | rand (one random colour) | const (black). Source: timm --remode"""
+    mixup: float = 0.0
+    """Alpha of the Beta distribution that two images of a pair are blended by; 0 is off. Source: arXiv:1710.09412, timm --mixup"""
+    cutmix: float = 0.0
+    """Alpha of the Beta distribution of the share that is pasted from the pair's other image; 0 is off. Source: arXiv:1905.04899, timm --cutmix"""
+    mix_prob: float = 1.0
+    """Probability that a pair is mixed at all. Source: timm --mixup-prob"""
+    mix_switch_prob: float = 0.5
+    """Probability of cutmix rather than mixup, where both are on. Source: timm --mixup-switch-prob"""
+    mix_off_epochs: int = 0
+    """Epochs at the end without mixup and cutmix. Source: timm --mixup-off-epoch"""
+    start_px: int | None = None
+    """Side of what the model sees in the first epoch; it grows to image_px. null is image_px. Source: arXiv:2104.00298"""
+    grow_until: float = 0.8
+    """Share of the epochs after which the full side is reached (start_px). Source: arXiv:2104.00298"""
+    tta: str = "none"
+    """Views that are averaged in every evaluation: none | flip (2) | five_crop (5) | ten_crop (10). Source: doi:10.1145/3065386"""
 
 
 @dataclass
@@ -99,57 +156,91 @@ class TeacherConfig:
     run: str | None = None
     """Folder of the teacher's run; null trains without one."""
     temperature: float = 4.0
-    """What logits are divided by before they are compared with the teacher's (task=distil)."""
+    """What logits are divided by before they are compared with the teacher's (task=distil). Source: arXiv:1503.02531"""
 
 
 @dataclass
 class Optimizer:
     name: str = "adamw"
-    """adamw | adam | sgd."""
+    """Any optimizer of timm: timm.optim.list_optimizers(). Source: timm --opt"""
     lr: float = 1e-3
-    """Learning rate, after the warm-up."""
+    """Learning rate, after the warm-up. Source: timm --lr"""
     weight_decay: float = 0.05
-    """Of weight matrices and kernels; biases and norms have none."""
+    """Of weight matrices and kernels; biases and norms have none. Source: timm --weight-decay"""
     momentum: float = 0.9
-    """SGD only."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    """Adam and AdamW only."""
+    """Of the optimizers that have one (sgd, lamb, muon, ...). Source: timm --momentum"""
+    betas: list[float] | None = None
+    """Of Adam and its kin, two numbers or three; null: the optimizer's own. Source: timm --opt-betas"""
     head_lr: float | None = None
     """Learning rate of the classifier; null is lr."""
+    layer_decay: float | None = None
+    """Each block's rate is that of the block above it times this; null is 1. Source: arXiv:2003.10555, timm --layer-decay"""
+    lrs: dict[str, float] = field(default_factory=dict)
+    """Learning rates of parameters by wildcard, such as {net.blocks.*: 1e-4}; the first that matches counts."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of timm's optimizer. Source: timm --opt-kwargs"""
 
 
 @dataclass
 class Schedule:
     name: str = "cosine"
-    """cosine | plateau | constant."""
+    """cosine | cosine_restarts | polynomial | one_cycle | steps | plateau | constant. Source: timm --sched"""
     warmup_epochs: float = 0.0
-    """Epochs in which the learning rate rises linearly; may be a fraction."""
+    """Epochs in which the learning rate rises linearly; may be a fraction. Source: arXiv:1706.02677, timm --warmup-epochs"""
     min_lr: float = 0.0
-    """The learning rate does not fall below it."""
+    """The learning rate does not fall below it. Source: timm --min-lr"""
     factor: float = 0.1
-    """plateau: what the learning rate is multiplied by."""
+    """plateau, steps: what the learning rate is multiplied by. Source: timm --decay-rate"""
     patience: int = 3
-    """plateau: epochs without improvement of loop.monitor before it is."""
+    """plateau: epochs without improvement of loop.monitor before it is. Source: timm --patience-epochs"""
+    milestones: list[float] = field(default_factory=list)
+    """steps: epochs after which it is multiplied by `factor`. Source: timm --decay-milestones"""
+    cycle_epochs: float = 10.0
+    """cosine_restarts: length of the first cycle (T_0), in epochs. Source: arXiv:1608.03983"""
+    cycle_mult: float = 1.0
+    """cosine_restarts: each cycle is so many times as long as the one before (T_mult). Source: arXiv:1608.03983, timm --lr-cycle-mul"""
+    power: float = 1.0
+    """polynomial: (1 - progress) to this power. Source: timm --decay-rate (poly)"""
+    peak: float = 0.3
+    """one_cycle: share of the training in which the rate rises. Source: arXiv:1708.07120"""
+    div_factor: float = 25.0
+    """one_cycle: the first rate is lr / div_factor. Source: torch OneCycleLR"""
+    final_div_factor: float = 1e4
+    """one_cycle: the last rate is the first / final_div_factor. Source: torch OneCycleLR"""
 
 
 @dataclass
 class Loop:
     epochs: int = 10
-    """Passes over the training images."""
+    """Passes over the training images, or turns of steps_per_epoch."""
+    steps_per_epoch: int | None = None
+    """Updates in an epoch, which then may end within a pass or span several; null: one pass."""
+    sampler: str = "shuffle"
+    """shuffle (every image once) | weighted (by data.columns.weight, with replacement) | class_balanced (classes alike)."""
     batch_size: int = 64
-    """Samples in one update, over all workers."""
-    micro_batch_size: int | None = None
-    """Samples in one forward pass of one worker; null is the worker's whole share."""
+    """Samples in one update, over all workers. Source: timm --batch-size"""
+    micro_batch_size: Any = None
+    """Samples in one forward pass of one worker; auto: as many as memory holds; null is the worker's whole share."""
     accumulate: int = 1
-    """The same, said as the number of forward passes in an update."""
+    """The same, said as the number of forward passes in an update. Source: timm --grad-accum-steps"""
     precision: str = "fp32"
-    """fp32 | bf16 | fp16, of the forward pass; weights stay fp32."""
+    """fp32 | bf16 | fp16, of the forward pass; weights stay fp32. Source: arXiv:1710.03740, timm --amp"""
+    channels_last: bool = True
+    """Keep images and kernels in NHWC order, which convolutions like; false is NCHW. Source: timm --channels-last"""
+    compile: bool = False
+    """torch.compile the model: slow to start, then faster on GPUs. Source: timm --torchcompile"""
     clip_norm: float | None = None
-    """Largest norm of an update's gradient; null switches clipping off."""
+    """Largest norm of an update's gradient; null switches clipping off. Source: arXiv:1211.5063, timm --clip-grad"""
+    ema: float | None = None
+    """Decay of an exponential moving average of the weights, which is what is measured and kept; null is off. Source: doi:10.1137/0330046, timm --model-ema-decay"""
+    ema_warmup: bool = True
+    """Let the decay rise to `ema` from 0, so that the first weights are soon forgotten. Source: timm --model-ema-warmup"""
+    average_last: int | None = None
+    """Measure and keep the mean of the weights at the ends of the last so many epochs; null is off. Source: arXiv:1803.05407"""
     patience: int | None = None
     """Epochs without improvement of `monitor` before the run stops; null is off."""
     monitor: str = "val_top1_acc"
-    """What makes a checkpoint the best: val_top1_acc | val_top5_acc | val_macro_f1 | val_loss | train_loss."""
+    """What makes a checkpoint the best: train_loss, val_loss, val_top1_acc, ..., or val_<a metric of task.metrics>. Source: timm --eval-metric"""
     seed: int = 0
     """Of the first weights, the order of samples and the augmentation."""
     checkpoint_every_steps: int = 500
@@ -167,7 +258,7 @@ class Scaling:
     cpus_per_worker: int | None = None
     """null: the machine's cores, divided among the workers."""
     sync_batchnorm: bool = False
-    """BatchNorm over the samples of all GPUs; not where an update takes several forward passes."""
+    """BatchNorm over the samples of all GPUs; not where an update takes several forward passes. Source: timm --sync-bn"""
     max_failures: int = 3
     """How often a lost worker is replaced before the run gives up."""
 
@@ -213,6 +304,8 @@ class Config:
     run: Run = field(default_factory=Run)
     runs: Runs = field(default_factory=Runs)
     tracking: Tracking = field(default_factory=Tracking)
+    plugins: list[str] = field(default_factory=list)
+    """Python modules that register models, losses, sources or augmentations of your own."""
     debug: bool = False
     """true: 200 images, at most 64 px, two epochs: does it work at all?"""
     experiment: str | None = None
@@ -223,6 +316,8 @@ class Config:
 class PrepareConfig:
     data: Data = field(default_factory=Data)
     cache: Cache = field(default_factory=Cache)
+    plugins: list[str] = field(default_factory=list)
+    """Python modules that register sources of your own."""
 
 
 @dataclass
@@ -230,7 +325,9 @@ class EvaluateData:
     """What is evaluated on. How it is decoded is the run's own affair, and no key of it is taken here."""
 
     root: str | None = None
-    """A folder of class folders, decoded as the run's own images were; null: the run's own data."""
+    """Images that are decoded as the run's own were; null: the run's own data."""
+    source: str | None = None
+    """What the root is: folder | manifest | tar | parquet | a plug-in's; null: the same as the run's own."""
     classes: list[str] | None = None
     """Names or wildcards (`Quercus_*`); null takes every class of the folder, or the run's own choice."""
     max_samples: int | None = None
@@ -256,7 +353,31 @@ class EvaluateConfig:
     use_gpu: bool | None = None
     """null: where there is one."""
     output: str | None = None
-    """Folder of evaluation.json; null is <run>/evaluations/<data key>-<subset>."""
+    """Folder of evaluation.json and its pictures; null is <run>/evaluations/<data key>-<subset>."""
+    metrics: list[str] | None = None
+    """What is measured besides loss, top-1, top-5 and macro-F1; null is the run's own task.metrics."""
+    tta: str | None = None
+    """Views that are averaged: none | flip | five_crop | ten_crop; null is the run's own."""
+
+
+@dataclass
+class PredictConfig:
+    from_run: str | None = None
+    """Folder of the run; must be given."""
+    images: str | None = None
+    """An image, or a folder that is searched for images; must be given."""
+    output: str = "predictions.csv"
+    """File of the result, .csv or .parquet: a row an image, with the probability of every class."""
+    checkpoint: str = "best"
+    """best (by loop.monitor) | last."""
+    batch_size: int = 64
+    """Images in one forward pass."""
+    precision: str = "fp32"
+    """fp32 | bf16 | fp16."""
+    use_gpu: bool | None = None
+    """null: where there is one."""
+    tta: str | None = None
+    """Views that are averaged: none | flip | five_crop | ten_crop; null is the run's own."""
 
 
 @dataclass
@@ -279,11 +400,56 @@ class QuickstartConfig:
     """true: 200 images and two epochs a run."""
 
 
+@dataclass
+class AuditModel:
+    name: str | None = None
+    """A model of timm whose features labels and splits are judged by; null: colours and textures, which see less."""
+    init_from: str | None = None
+    """Its weights: a .safetensors or a .pth file."""
+    pretrained: bool = False
+    """true: its weights from the hub."""
+
+
+@dataclass
+class AuditConfig:
+    data: Data = field(default_factory=Data)
+    cache: Cache = field(default_factory=Cache)
+    from_run: str | None = None
+    """Folder of a run whose model's features are used instead of `model`; not one trained on these labels."""
+    model: AuditModel = field(default_factory=AuditModel)
+    checks: list[str] = field(default_factory=lambda: list(AUDIT_CHECKS))
+    """What is looked for."""
+    max_images: int | None = 20_000
+    """Images, chosen at random, for labels, history and splits; duplicates and blanks look at all. null: all."""
+    near_bits: int = 12
+    """Near-duplicates: most bits in which two 64-bit perceptual hashes may differ."""
+    near_correlation: float = 0.85
+    """Near-duplicates: least correlation of two thumbnails' detail."""
+    folds: int = 5
+    """Parts that take turns in being judged by a classifier that was trained on the others."""
+    seed: int = 0
+    """Of the folds and of the choice of max_images."""
+    most_shown: int = 40
+    """Groups or images a finding shows on the page; the tables hold all."""
+    batch_size: int = 64
+    """Images in one forward pass."""
+    use_gpu: bool | None = None
+    """null: where there is one, for the features alone."""
+    strict: bool = False
+    """true: end with status 2 where something serious is found."""
+    output: str | None = None
+    """Folder of audit.html, audit.json and the tables; null is audits/<key of the cache>."""
+    plugins: list[str] = field(default_factory=list)
+    """Python modules that register sources of your own."""
+
+
 SCHEMAS: dict[str, type] = {
     "train": Config,
     "prepare": PrepareConfig,
     "evaluate": EvaluateConfig,
+    "predict": PredictConfig,
     "report": ReportConfig,
+    "audit": AuditConfig,
     "quickstart": QuickstartConfig,
 }
 
@@ -311,7 +477,9 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: str | None = N
     try:
         with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
             composed = hydra_compose(
-                name, [*map(_for_hydra, overrides), *search], return_hydra_config=True
+                name,
+                [*(_for_hydra(o, overrides) for o in overrides), *search],
+                return_hydra_config=True,
             )
         choices = composed.hydra.runtime.choices
         with open_dict(composed):
@@ -321,6 +489,7 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: str | None = N
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_explain(name, overrides, error, further)) from None
     assert isinstance(config, schema)
+    registry.load_plugins(getattr(config, "plugins", []))
     if isinstance(config, Config):
         config.experiment = choices.get("experiment") or config.experiment
         config = apply_debug(config) if config.debug else config
@@ -329,27 +498,38 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: str | None = N
 
 
 # Open dicts of the config, whose keys are not ours to list.
-OPEN = ("model.kwargs", "task.terms")
+OPEN = ("model.kwargs", "task.terms", "optimizer.lrs", "optimizer.kwargs")
 
 
 # Keys whose values are plain text, mostly paths: what Hydra's grammar makes of ( ) , = # and so on is not meant.
 LITERAL = frozenset(
     (
-        *("data.root", "cache.dir", "runs.dir", "run.name", "tracking.repo", "teacher.run"),
-        *("model.init_from", "from_run", "output", "data_dir"),
+        *(
+            "data.root",
+            "data.unlabeled",
+            "cache.dir",
+            "cache.local_dir",
+            "runs.dir",
+            "run.name",
+            "tracking.repo",
+            "teacher.run",
+        ),
+        *("model.init_from", "from_run", "output", "images", "data_dir"),
     )
 )
 
 
-def _for_hydra(override: str) -> str:
+def _for_hydra(override: str, overrides: Sequence[str]) -> str:
     """An override in Hydra's grammar: plain text is quoted, and `model.kwargs.channels=…` needs no `+`.
 
-    `null`, nothing, and what the user has quoted already keep their meaning.
+    `null`, nothing, and what the user has quoted already keep their meaning. The keys of a plug-in's model
+    are its own.
     """
+    free = (*OPEN, "model.") if "model=plugin" in overrides else OPEN
     key, equals, value = override.partition("=")
     if key.lstrip("+") in LITERAL and not re.fullmatch(_LEFT_ALONE, value, re.DOTALL):
         override = f"{key}{equals}{_quoted(value)}" if equals else override
-    return f"++{override}" if override.startswith(OPEN) else override
+    return f"++{override}" if override.startswith(free) else override
 
 
 _LEFT_ALONE = r"""|null|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
@@ -389,7 +569,7 @@ def _explain(
         if key in groups and value.strip("\"'") not in groups[key]:
             return f"{key} must be one of {', '.join(groups[key]) or 'none yet'}, got {value!r} (files of conf/{key}/)"
         known = key in keys or key in groups or any(k.startswith(key + ".") for k in keys)
-        free = key.startswith(OPEN)
+        free = key.startswith((*OPEN, "model.") if "model=plugin" in overrides else OPEN)
         if not known and not free:
             near = difflib.get_close_matches(key, [*keys, *groups], n=2, cutoff=0.6)
             remedy = f"did you mean {' or '.join(near)}?" if near else "--help lists the keys"
@@ -481,15 +661,24 @@ def _mapping(*needed: str) -> Callable[[Any], bool]:
     return lambda v: isinstance(v, dict) and set(needed) <= set(v)
 
 
+def _increasing(low: float) -> Check:
+    return (
+        lambda v: all(map(_is_number, v)) and all(b > a for a, b in itertools.pairwise([low, *v])),
+        f"must be numbers above {low:g}, each larger than the one before",
+    )
+
+
 def _or_null(check: Check) -> Check:
     test, rule = check
     return lambda v: v is None or test(v), rule.replace("must be", "must be null or", 1)
 
 
-MONITORS = ("val_top1_acc", "val_top5_acc", "val_macro_f1", "val_loss", "train_loss")
+TTA = ("none", "flip", "five_crop", "ten_crop")
+TASK_KINDS = ("single_label", "multi_label", "binary")
+
+TASK_KEYS = ("kind", "terms", "metrics", "threshold")
 
 RULES: dict[str, Check] = {
-    "data.source": _one_of("folder"),
     "data.classes": (lambda v: len(v) > 0, "must name at least one class"),
     "data.max_samples": _number(2),
     "data.max_bad_fraction": _number(0, 1),
@@ -500,37 +689,66 @@ RULES: dict[str, Check] = {
     "data.split.val": _number(0, 1, open_low=True),
     "data.split.seed": _number(0),
     "cache.max_gb": _number(0, open_low=True),
+    "cache.format": _one_of("auto", "raw", "jpeg"),
+    "cache.jpeg_quality": _number(1, 100),
     "augment.image_px": _number(8, 4096),
     "augment.crop_scale": _pair(0, 1),
     "augment.crop_ratio": _pair(0, 100),
     "augment.flip": _number(0, 1),
+    "augment.vflip": _number(0, 1),
+    "augment.erasing": _number(0, 1),
+    "augment.erasing_scale": _pair(0, 1),
+    "augment.erasing_mode": _one_of("pixel", "rand", "const"),
+    "augment.mixup": _number(0),
+    "augment.cutmix": _number(0),
+    "augment.mix_prob": _number(0, 1),
+    "augment.mix_switch_prob": _number(0, 1),
+    "augment.mix_off_epochs": _number(0),
+    "augment.start_px": _number(8, 4096),
+    "augment.grow_until": _number(0, 1, open_low=True),
+    "augment.tta": _one_of(*TTA),
     "augment.rotate": _number(0, 180),
     "augment.color": _number(0, 1),
     "augment.eval_crop": _number(0.1, 1),
     "augment.views": _number(1),
     "teacher.temperature": _number(0, open_low=True),
-    "optimizer.name": _one_of("adamw", "adam", "sgd"),
     "optimizer.lr": _number(0, open_low=True),
     "optimizer.head_lr": _number(0, open_low=True),
+    "optimizer.layer_decay": _number(0, 1, open_low=True),
     "optimizer.weight_decay": _number(0),
     "optimizer.momentum": _number(0, 1),
     "optimizer.betas": (
-        lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v),
-        "must be two numbers >= 0 and < 1",
+        lambda v: len(v) in (2, 3) and all(0 <= beta < 1 for beta in v),
+        "must be two or three numbers >= 0 and < 1",
     ),
-    "schedule.name": _one_of("cosine", "plateau", "constant"),
+    "schedule.name": _one_of(
+        *("cosine", "cosine_restarts", "polynomial", "one_cycle", "steps", "plateau", "constant")
+    ),
     "schedule.warmup_epochs": _number(0),
     "schedule.min_lr": _number(0),
     "schedule.factor": _number(0, 1, open_low=True),
     "schedule.patience": _number(0),
+    "schedule.milestones": _increasing(0),
+    "schedule.cycle_epochs": _number(0, open_low=True),
+    "schedule.cycle_mult": _number(1),
+    "schedule.power": _number(0, open_low=True),
+    "schedule.peak": _number(0, 1, open_low=True, open_high=True),
+    "schedule.div_factor": _number(1),
+    "schedule.final_div_factor": _number(1),
     "loop.epochs": _number(1),
+    "loop.steps_per_epoch": _number(1),
+    "loop.sampler": _one_of("shuffle", "weighted", "class_balanced"),
     "loop.batch_size": _number(1),
-    "loop.micro_batch_size": _number(1),
+    "loop.micro_batch_size": (
+        lambda v: v == "auto" or (isinstance(v, int) and not isinstance(v, bool) and v >= 1),
+        "must be null, auto or an integer >= 1",
+    ),
     "loop.accumulate": _number(1),
     "loop.precision": _one_of("fp32", "bf16", "fp16"),
     "loop.clip_norm": _number(0, open_low=True),
+    "loop.ema": _number(0, 1, open_low=True, open_high=True),
+    "loop.average_last": _number(2),
     "loop.patience": _number(1),
-    "loop.monitor": _one_of(*MONITORS),
     "loop.seed": _number(0),
     "loop.checkpoint_every_steps": _number(1),
     "loop.log_every_steps": _number(1),
@@ -538,16 +756,30 @@ RULES: dict[str, Check] = {
     "scaling.cpus_per_worker": _number(1),
     "scaling.max_failures": _number(0),
     "tracking.name": _one_of("aim", "none"),
+    "tta": _one_of(*TTA),
     "subset": _one_of("train", "val", "test"),
     "checkpoint": _one_of("best", "last"),
     "batch_size": _number(1),
+    "checks": (
+        lambda v: len(v) > 0 and set(v) <= set(AUDIT_CHECKS),
+        f"must be some of {', '.join(AUDIT_CHECKS)}",
+    ),
+    "max_images": _number(100),
+    "near_bits": _number(0, 24),
+    "near_correlation": _number(0, 1, open_low=True),
+    "folds": _number(2, 20),
+    "seed": _number(0),
+    "most_shown": _number(1, 1000),
     "precision": _one_of("fp32", "bf16", "fp16"),
 }
 
 # The nodes that no dataclass types: check and meaning of each place, what holds others first. `*` is any name.
 NODES: dict[str, tuple[Check, str]] = {
-    "model": ((_mapping("_target_", "name"), "must be a mapping with _target_ and name"), ""),
-    "model._target_": ((_text, "must be text"), "What builds the model: timm, so far."),
+    "model": ((_mapping("_target_"), "must be a mapping with _target_"), ""),
+    "model._target_": (
+        (_text, "must be text"),
+        "What builds the model: timm, or a plug-in's name.",
+    ),
     "model.name": ((_text, "must be text"), "A model of timm: timm.list_models()."),
     "model.pretrained": (
         (lambda v: isinstance(v, bool), "must be true or false"),
@@ -559,7 +791,11 @@ NODES: dict[str, tuple[Check, str]] = {
     ),
     "model.drop_path": (
         _or_null(_number(0, 1, open_high=True, kind="a number ")),
-        "Rate of stochastic depth, where the family has it.",
+        "Rate of stochastic depth, where the family has it. Source: arXiv:1603.09382",
+    ),
+    "model.grad_checkpointing": (
+        (lambda v: isinstance(v, bool), "must be true or false"),
+        "true: activations are computed again in the backward pass: less memory, more time. Source: arXiv:1604.06174",
     ),
     "model.kwargs": (
         _or_null((_mapping(), "must be a mapping")),
@@ -582,10 +818,25 @@ NODES: dict[str, tuple[Check, str]] = {
     ),
     "task": (
         (
-            lambda v: isinstance(v, dict) and set(v) == {"terms"},
-            "must be a mapping of terms, and of nothing else",
+            lambda v: isinstance(v, dict) and "terms" in v and set(v) <= set(TASK_KEYS),
+            f"must be a mapping of terms, and of nothing else than {', '.join(TASK_KEYS)}",
         ),
         "",
+    ),
+    "task.kind": (
+        _one_of(*TASK_KINDS),
+        "single_label (one class each) | multi_label (any number) | binary (two classes, one logit).",
+    ),
+    "task.metrics": (
+        (lambda v: isinstance(v, list) and all(map(_text, v)), "must be a list of names"),
+        "What validation measures besides loss, top-1, top-5 and macro-F1: see docs/recipes.md.",
+    ),
+    "task.threshold": (
+        (
+            lambda v: v in ("max_f1", "youden") or (_is_number(v) and 0 < v < 1),
+            "must be max_f1, youden or a number > 0 and < 1",
+        ),
+        "binary, multi_label: probability from which a class counts as present; chosen on validation, or fixed.",
     ),
     "task.terms": (
         (
@@ -599,7 +850,10 @@ NODES: dict[str, tuple[Check, str]] = {
         "",
     ),
     "task.terms.*": ((_mapping("loss", "inputs"), "must be a mapping with loss and inputs"), ""),
-    "task.terms.*.loss": ((_text, "must be text"), "cross_entropy | kl."),
+    "task.terms.*.loss": (
+        (_text, "must be text"),
+        "cross_entropy | bce | focal | asymmetric | kl, or a plug-in's.",
+    ),
     "task.terms.*.inputs": (
         (lambda v: isinstance(v, list) and all(map(_text, v)), "must be a list of names"),
         "What the loss takes: label, outputs of the model (logits), of the teacher (teacher.logits).",
@@ -610,7 +864,43 @@ NODES: dict[str, tuple[Check, str]] = {
     ),
     "task.terms.*.label_smoothing": (
         _number(0, 1, kind="a number "),
-        "cross_entropy: share of the target that is spread over all classes.",
+        "All but kl: share of the target that is spread over all classes. Source: arXiv:1512.00567",
+    ),
+    "task.terms.*.class_weights": (
+        _or_null(
+            (
+                lambda v: (
+                    v in ("balanced", "effective")
+                    or (isinstance(v, list) and all(_is_number(w) and w >= 0 for w in v))
+                ),
+                "must be balanced, effective or a number a class",
+            )
+        ),
+        "balanced (inverse frequency) | effective (number of samples) | a number a class. Source: arXiv:1901.05555",
+    ),
+    "task.terms.*.gamma": (
+        _number(0, kind="a number "),
+        "focal: how little what is sure already counts; 0 is cross-entropy. Source: arXiv:1708.02002",
+    ),
+    "task.terms.*.alpha": (
+        _or_null(_number(0, 1, kind="a number ")),
+        "focal, binary and multi_label: weight of what is present; null weighs nothing. Source: arXiv:1708.02002",
+    ),
+    "task.terms.*.gamma_neg": (
+        _number(0, kind="a number "),
+        "asymmetric: how little what is surely absent counts. Source: arXiv:2009.14119",
+    ),
+    "task.terms.*.gamma_pos": (
+        _number(0, kind="a number "),
+        "asymmetric: how little what is surely present counts. Source: arXiv:2009.14119",
+    ),
+    "task.terms.*.clip": (
+        _number(0, 1, open_high=True, kind="a number "),
+        "asymmetric: what is absent counts nothing below this probability. Source: arXiv:2009.14119",
+    ),
+    "task.terms.*.reduce_classes": (
+        _one_of("mean", "sum"),
+        "bce, focal, asymmetric, where classes stand for themselves: mean (asymmetric: sum) over them.",
     ),
     "task.terms.*.temperature": (
         _number(0, open_low=True, kind="a number "),
@@ -649,7 +939,15 @@ def validate(config: Any) -> None:
     for pattern, (check, _) in NODES.items():
         for key, value in _places(values, pattern):
             _refuse_unless(check, key, value, HINTS.get(pattern))
-    check_node("model", config.model, CONSUMED_ELSEWHERE["model"])
+    registry.check("model", config.model["_target_"])
+    if (
+        config.model["_target_"] != "timm"
+    ):  # its module is imported already: it can be asked at once
+        model = registry.lookup("model", config.model["_target_"])
+        _arguments("model", config.model, model, ("num_classes", "image_px"))
+    registry.check("source", config.data.source)
+    _check_task(config)
+    _check_recipe(config)
     loop = config.loop
     if loop.micro_batch_size and loop.accumulate > 1:
         raise UserError(
@@ -681,6 +979,70 @@ def validate(config: Any) -> None:
             )
 
 
+def _check_task(config: Config) -> None:
+    """What kind of labels, metrics and monitor go together."""
+    from potstill import metric_names
+
+    kind = config.task.get("kind", "single_label")
+    if (kind == "multi_label") != config.data.multi_label:
+        remedy = "set data.multi_label=true" if kind == "multi_label" else "use task=multilabel"
+        raise UserError(
+            f"task.kind must go with data.multi_label, got {kind} and {json.dumps(config.data.multi_label)}; {remedy}"
+        )
+    chosen = config.task.get("metrics") or []
+    metric_names.check(kind, chosen)
+    monitors = metric_names.monitors(kind, chosen)
+    if config.loop.monitor not in monitors:
+        remedy = "a metric of task.metrics is monitored as val_<name>"
+        near = difflib.get_close_matches(config.loop.monitor, monitors, n=1)
+        raise UserError(
+            f"loop.monitor must be one of {', '.join(monitors)}, got {config.loop.monitor!r}; "
+            f"{f'did you mean {near[0]}?' if near else remedy}"
+        )
+    if kind == "multi_label" and config.loop.sampler == "class_balanced":
+        raise UserError(
+            "loop.sampler must be shuffle or weighted with data.multi_label, got class_balanced: an image there has no "
+            "one class; use task.terms.<term>.class_weights=balanced"
+        )
+
+
+def _check_recipe(config: Config) -> None:
+    """Keys that do not go together."""
+    loop, augment, schedule = config.loop, config.augment, config.schedule
+    if loop.ema is not None and loop.average_last is not None:
+        raise UserError(
+            f"loop.ema and loop.average_last are two ways to average weights: set one of them, got {loop.ema:g} and "
+            f"{loop.average_last}"
+        )
+    if loop.average_last is not None and loop.patience is not None:
+        raise UserError(
+            f"loop.average_last averages the last epochs, and loop.patience may end the run before them: set one of them to "
+            f"null, got {loop.average_last} and {loop.patience}"
+        )
+    if loop.average_last is not None and loop.average_last > loop.epochs:
+        raise UserError(
+            f"loop.average_last must be <= loop.epochs ({loop.epochs}), got {loop.average_last}"
+        )
+    if schedule.name == "one_cycle" and schedule.warmup_epochs > 0:
+        raise UserError(
+            f"schedule.warmup_epochs must be 0 with schedule=one_cycle, which warms up by itself (schedule.peak), got "
+            f"{schedule.warmup_epochs:g}"
+        )
+    if schedule.name == "steps" and not schedule.milestones:
+        raise UserError(
+            "schedule.milestones must name at least one epoch with schedule=steps, got []; such as [30,60,80]"
+        )
+    px = augment.image_px or config.data.decode.image_px
+    if augment.start_px is not None and augment.start_px > px:
+        raise UserError(
+            f"augment.start_px must be <= augment.image_px ({px}), got {augment.start_px}"
+        )
+    if augment.mix_off_epochs and not (augment.mixup or augment.cutmix):
+        raise UserError(
+            f"augment.mix_off_epochs needs augment.mixup or augment.cutmix, got {augment.mix_off_epochs} with neither"
+        )
+
+
 def _refuse_unless(check: Check, key: str, value: Any, hint: str | None) -> None:
     test, rule = check
     if not test(value):
@@ -703,42 +1065,54 @@ def _places(values: dict[str, Any], pattern: str) -> list[tuple[str, Any]]:
 
 
 # -------------------------------------------------------------------------------------------- building
-# What `_target_` may name: nothing else is ever imported from a config.
-REGISTRY: dict[str, str] = {"timm": "potstill.models.images:TimmModel"}
-
 # Keys of a plug-in node that are not its constructor's.
 CONSUMED_ELSEWHERE: dict[str, frozenset[str]] = {"model": frozenset({"init_from", "freeze"})}
 
 
-def check_node(key: str, node: dict[str, Any], elsewhere: frozenset[str] = frozenset()) -> str:
-    """Check that a plug-in node names a registered target; returns its `module:attribute`."""
-    target = node.get("_target_")
-    if target not in REGISTRY:
-        raise UserError(
-            f"{key}._target_ must be one of {', '.join(sorted(REGISTRY))}, got {target!r}"
-        )
-    return REGISTRY[target]
-
-
-def build(key: str, node: dict[str, Any], **injected: Any) -> Any:
+def build(key: registry.Kind, node: dict[str, Any], **injected: Any) -> Any:
     """Build a plug-in node: its constructor is its schema. `key` is the node's place, for errors.
 
     `injected` is what the config cannot say (the number of classes, say). Raises UserError for an
-    unregistered target or a key that the constructor does not take.
+    unregistered target or a key that the constructor does not take. A node's `null` that the constructor
+    does not take is left out: it says the same.
     """
+    target = registry.lookup(key, node["_target_"])
+    return target(**_arguments(key, node, target, injected), **injected)
+
+
+def _arguments(
+    key: str, node: dict[str, Any], target: Any, injected: Container[str]
+) -> dict[str, Any]:
     elsewhere = CONSUMED_ELSEWHERE.get(key, frozenset())
-    module, _, attribute = check_node(key, node, elsewhere).partition(":")
-    target = getattr(importlib.import_module(module), attribute)
     arguments = {k: v for k, v in node.items() if k != "_target_" and k not in elsewhere}
     accepted = inspect.signature(target).parameters
+    arguments = {k: v for k, v in arguments.items() if k in accepted or v not in (None, {}, False)}
+    free = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     for name in arguments:
-        if name not in accepted or name in injected:
+        if (name not in accepted and not free) or name in injected:
             near = difflib.get_close_matches(name, [*accepted, *elsewhere], n=1)
             remedy = f"did you mean {key}.{near[0]}?" if near else f"it takes {', '.join(accepted)}"
             raise UserError(
                 f"{key}.{name} is not a key of {node['_target_']} (got {arguments[name]!r}); {remedy}"
             )
-    return target(**arguments, **injected)
+    return arguments
+
+
+def checked(config: Any) -> Any:
+    """A copy of a config that was changed in Python, checked as a composed one is. Raises UserError."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        copied = OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(type(config)), to_dict(config))
+        )
+    except (OmegaConfBaseException, ValueError) as error:
+        key = getattr(error, "full_key", "") or "the config"
+        raise UserError(f"{key} was refused: {str(error).splitlines()[0]}") from None
+    registry.load_plugins(getattr(copied, "plugins", []))
+    validate(copied)
+    return copied
 
 
 # ----------------------------------------------------------------------------------------- plain dicts
@@ -770,6 +1144,11 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
+def resolved(path: str | None) -> str | None:
+    """A path that means the same from any folder; a URI means that already."""
+    return path if not path or "://" in path else str(Path(path).expanduser().resolve())
+
+
 def identity(config: Config) -> dict[str, Any]:
     """What a run's result depends on: the config without where it runs and where it is written."""
     values = to_dict(config)
@@ -777,8 +1156,8 @@ def identity(config: Config) -> dict[str, Any]:
         values.pop(key)
     values["loop"].pop("log_every_steps")
     values["scaling"] = {"sync_batchnorm": config.scaling.sync_batchnorm}
-    if config.data.root:
-        values["data"]["root"] = str(Path(config.data.root).expanduser().resolve())
+    values["data"]["root"] = resolved(config.data.root)
+    values["data"]["unlabeled"] = resolved(config.data.unlabeled)
     if config.teacher.run:
         values["teacher"]["run"] = str(Path(config.teacher.run).expanduser().resolve())
     return values
@@ -816,16 +1195,21 @@ def load_run_config(run_dir: Path) -> Config:
 
 
 # -------------------------------------------------------------------------------------------- commands
-def job(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
+def job(
+    name: str, flags: dict[str, dict[str, Any]] | None = None
+) -> Callable[[Callable[..., None]], Callable[[], None]]:
     """Make `main(config)` a command: `key=value` overrides, --help, --cfg, --config-dir.
+
+    `flags` are what else it takes, {"--flag": arguments of argparse's add_argument}; it is then called as
+    `main(config, flags)`, where `flags.flag` is what was given.
 
     A UserError is printed as one message (exit status 2); a stop that was asked for, Ctrl-C among them, exits
     with 130. Anything else is a mistake of ours and keeps its traceback.
     """
 
-    def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
+    def decorate(main: Callable[..., None]) -> Callable[[], None]:
         def command() -> None:
-            sys.exit(_run(name, main, sys.argv[1:]))
+            sys.exit(_run(name, main, sys.argv[1:], flags))
 
         command.__doc__ = main.__doc__
         return command
@@ -833,7 +1217,12 @@ def job(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     return decorate
 
 
-def _run(name: str, main: Callable[[Any], None], argv: list[str]) -> int:
+def _run(
+    name: str,
+    main: Callable[..., None],
+    argv: list[str],
+    flags: dict[str, dict[str, Any]] | None = None,
+) -> int:
     import argparse
 
     module = sys.modules[main.__module__]
@@ -850,13 +1239,15 @@ def _run(name: str, main: Callable[[Any], None], argv: list[str]) -> int:
     parser.add_argument(
         "--config-dir", metavar="DIR", help="a further folder of config groups (experiment/, …)"
     )
-    arguments = parser.parse_args(argv)
+    for flag, options in (flags or {}).items():
+        parser.add_argument(flag, **options)
+    arguments = parser.parse_intermixed_args(argv)  # flags may stand between overrides
     try:
         config = compose(name, arguments.overrides, arguments.config_dir)
         if arguments.cfg:
             print(to_yaml(config), end="")
         else:
-            main(config)
+            main(config, arguments) if flags else main(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -880,6 +1271,16 @@ def _keys_help(name: str) -> str:
     for key, value, text in _documented(SCHEMAS[name](), name):
         lines.append(f"  {key:<33} {_as_written(value):<16} {text}")
     return "\n".join(lines)
+
+
+def keys_table(name: str = "train") -> str:
+    """Every key of a job as a Markdown table: key, meaning, default, source."""
+    lines = ["| key | meaning | default | source |", "|---|---|---|---|"]
+    for key, value, text in _documented(SCHEMAS[name](), name):
+        meaning, _, source = (part.strip() for part in text.partition("Source:"))
+        cells = (f"`{key}`", meaning, f"`{_as_written(value)}`", source)
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _as_written(value: Any) -> str:
@@ -906,7 +1307,7 @@ def _documented(defaults: Any, job_name: str, prefix: str = "") -> Iterator[tupl
         key, value = f"{prefix}{item.name}", getattr(defaults, item.name)
         if is_dataclass(value):
             yield from _documented(value, job_name, f"{key}.")
-        elif key in NODES:
+        elif key in NODES and isinstance(value, dict):
             yield from _documented_node(key, job_name)
         else:
             yield key, value, texts.get(item.name, "")
@@ -917,4 +1318,8 @@ def _documented_node(root: str, job_name: str) -> Iterator[tuple[str, Any, str]]
     for pattern, (_, text) in NODES.items():
         matching = [key for key in known if fnmatch.fnmatchcase(key, pattern)]
         if pattern.startswith(f"{root}.") and text:
-            yield pattern.replace("*", "<term>"), known[matching[0]], text
+            yield (
+                pattern.replace("*", "<term>"),
+                known[matching[0]] if matching else "by loss",
+                text,
+            )

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,12 +24,14 @@ from potstill.config import (
     differing_keys,
     from_dict,
     load_run_config,
+    resolved,
     to_dict,
     to_yaml,
 )
 from potstill.console import EpochPrinter
-from potstill.data.prepare import Plan, check, prepare_shown
+from potstill.data.prepare import Plan, check, prepared
 from potstill.errors import RunFailed, Stopped, UserError
+from potstill.registry import load_plugins
 
 if TYPE_CHECKING:
     from potstill.loop import Snapshot
@@ -51,27 +54,27 @@ def fit(config: Config) -> dict[str, Any]:
         console.say(f"{run_dir.name} has finished already; run.again=true starts another")
         _say_summary(done, run_dir)
         return done
-    plan = check(config.data, config.cache)
+    plan = check(config.data, config.cache, prefer=_began_with(run_dir).get("key"))
     _refuse_before_start(config, run_dir, plan)
     _refuse_other_config(config, run_dir)
     _check_model(config)
-    with runs.lock(run_dir):
-        prepared = prepare_shown(config.data, config.cache)
-        _refuse_other_data(run_dir, plan, prepared.cache_dir)
-        _write_identity(config, run_dir, plan, prepared.report["counts"])
-        findings = _seen_before(config, run_dir, prepared.cache_dir)
-        return _train(config, run_dir, prepared.cache_dir, findings)
+    user = f"run {run_dir.name}"
+    with (
+        runs.lock(run_dir),
+        prepared(config.data, config.cache, user, prefer=plan.key) as found,
+    ):
+        _refuse_other_data(run_dir, plan, found.cache_dir)
+        _write_identity(config, run_dir, plan, found.report["counts"])
+        findings = _seen_before(config, run_dir, found.cache_dir)
+        return _train(config, run_dir, found.cache_dir, findings)
 
 
 def _resolve_paths(config: Config) -> None:
     """A run must mean the same from any folder."""
-
-    def resolve(path: str | None) -> str | None:
-        return str(Path(path).expanduser().resolve()) if path else path
-
-    config.data.root = resolve(config.data.root)
-    config.teacher.run = resolve(config.teacher.run)
-    config.model["init_from"] = resolve(config.model.get("init_from"))
+    config.data.root = resolved(config.data.root)
+    config.data.unlabeled = resolved(config.data.unlabeled)
+    config.teacher.run = resolved(config.teacher.run)
+    config.model["init_from"] = resolved(config.model.get("init_from"))
 
 
 def _run_folder(config: Config) -> Path:
@@ -114,24 +117,41 @@ def _refuse_other_config(config: Config, run_dir: Path) -> None:
 def _refuse_other_data(run_dir: Path, plan: Plan, cache_dir: Path) -> None:
     if cache_dir.name != plan.key:
         raise UserError(f"data.root: {plan.rows.root} changed while it was prepared; start again")
-    if _has_begun(run_dir):
-        began_with = runs.read_json(run_dir / "run.json")["dataset"]["key"]
-        if began_with != plan.key:
-            raise UserError(
-                f"data.root: the files of {plan.rows.root} are not those that {run_dir.name} began with (key "
-                f"{began_with}, now {plan.key}); restore them, or give this run another run.name"
-            )
+    began = _began_with(run_dir)
+    if not began or began["key"] == plan.key:
+        return
+    if began.get("source_key") == plan.source_key:
+        raise UserError(
+            f"cache.format and cache.jpeg_quality must be those that {run_dir.name} began with ({began['pixels']}), got "
+            f"{plan.pixels}: its pixels would be others; set cache.format={began['pixels'].split()[0]}, or give this run "
+            "another run.name"
+        )
+    raise UserError(
+        f"data.root: the files of {plan.rows.root} are not those that {run_dir.name} began with (key "
+        f"{began['key']}, now {plan.key}); restore them, or give this run another run.name"
+    )
+
+
+def _began_with(run_dir: Path) -> dict[str, Any]:
+    """The set that a run has begun with; nothing where it has not."""
+    return runs.read_json(run_dir / "run.json")["dataset"] if _has_begun(run_dir) else {}
 
 
 def _refuse_before_start(config: Config, run_dir: Path, plan: Plan) -> None:
     """What the listing of the data is enough to refuse; no torch is imported here."""
+    kind = config.task.get("kind", "single_label")
+    if kind == "binary" and len(plan.rows.classes) != 2:
+        raise UserError(
+            f"task.kind=binary needs data of 2 classes, got {len(plan.rows.classes)}; choose two with data.classes, or use "
+            "task=classify"
+        )
     training = int((np.asarray(plan.rows.split) == "train").sum())
     if config.loop.batch_size > training:
         raise UserError(
             f"loop.batch_size must be <= the number of training images, got {config.loop.batch_size} for {training} "
             f"images in {plan.rows.root}; set loop.batch_size={min(16, training)} or use more data"
         )
-    source = config.model["init_from"]
+    source = config.model.get("init_from")
     if source and not _has_begun(run_dir) and not Path(source).exists():
         raise UserError(
             f"model.init_from must be a run's folder or a weights file, got {source!r}, which does not exist"
@@ -146,12 +166,18 @@ def _refuse_before_start(config: Config, run_dir: Path, plan: Plan) -> None:
 
 
 def _check_model(config: Config) -> None:
-    """Terms and name of the model; imports timm, which takes seconds."""
+    """Terms, optimizer, policy and the model's name; imports timm, which takes seconds."""
+    from potstill.data.policies import parse_policy
     from potstill.models.images import check_name
+    from potstill.optim import check_optimizer
     from potstill.task import build_terms
 
-    build_terms(config.task["terms"])
-    check_name(config.model["name"])
+    if config.augment.policy:
+        parse_policy(config.augment.policy)
+    build_terms(config.task["terms"], config.task.get("kind", "single_label"))
+    check_optimizer(config.optimizer)
+    if config.model["_target_"] == "timm":
+        check_name(config.model["name"])
 
 
 def _write_identity(config: Config, run_dir: Path, plan: Plan, counts: dict[str, int]) -> None:
@@ -166,8 +192,13 @@ def _write_identity(config: Config, run_dir: Path, plan: Plan, counts: dict[str,
         "experiment": config.experiment,
         "created": time.time(),
         "classes": plan.rows.classes,
+        "outputs": plan.rows.classes[1:]
+        if config.task.get("kind") == "binary"
+        else plan.rows.classes,
         "dataset": {
             "key": plan.key,
+            "source_key": plan.source_key,
+            "pixels": plan.pixels,
             "dir": str(plan.folder),
             "root": config.data.root,
             "counts": counts,
@@ -175,7 +206,7 @@ def _write_identity(config: Config, run_dir: Path, plan: Plan, counts: dict[str,
         "git_commit": commit,
         "git_dirty": dirty,
         "teacher_run": config.teacher.run,
-        "init_from": config.model["init_from"],
+        "init_from": config.model.get("init_from"),
         "tags": config.run.tags,
         "config_hash": config_hash(config),
         "versions": {
@@ -208,7 +239,7 @@ def _seen_before(config: Config, run_dir: Path, cache_dir: Path) -> list[dict[st
     runs.atomic_save(run_dir / "train_hashes.npy", ours)
     validation = hash_prefixes(cache.split("val").hashes)
     found = []
-    sources = {"teacher.run": config.teacher.run, "model.init_from": config.model["init_from"]}
+    sources = {"teacher.run": config.teacher.run, "model.init_from": config.model.get("init_from")}
     for key, source in sources.items():
         hashes = Path(source or "") / "train_hashes.npy"
         if source and hashes.exists():
@@ -236,6 +267,7 @@ def _train(
         "run_dir": str(run_dir),
         "cache_dir": str(cache_dir),
         "findings": findings,
+        "path": sys.path if config.plugins else [],
     }
     with _follow(run_dir, printer):
         if config.scaling.num_workers == 0:
@@ -461,7 +493,7 @@ def _summarise(run_dir: Path) -> dict[str, Any]:
         "reason": end["reason"],
         "epochs": len(epochs),
         "best": end["best"],
-        "best_metrics": {k: best[k] for k in runs.HISTORY_KEYS} if best else None,
+        "best_metrics": {k: best[k] for k in runs.history_keys(epochs)} if best else None,
         "parameters": attempts[-1]["parameters"] if attempts else None,
         "model_file_mb": None,
         "seconds": epochs[-1]["total_seconds"] if epochs else 0.0,
@@ -518,6 +550,8 @@ def _work(payload: dict[str, Any]) -> None:
 
     config: Config = from_dict(Config, payload["config"])
     run_dir = Path(payload["run_dir"])
+    sys.path += [folder for folder in payload["path"] if folder not in sys.path]
+    load_plugins(config.plugins)
     context = get_context()
     session = _RaySession(run_dir, context.get_world_rank(), context.get_world_size(), payload)
     session.attempt = 1 + runs.last_attempt(run_dir)

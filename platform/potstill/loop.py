@@ -13,7 +13,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
@@ -24,12 +24,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from potstill.averaging import Averager
 from potstill.config import Loop
 from potstill.data.augment import Augment
 from potstill.data.batches import Batches, micro_batches
 from potstill.errors import Stopped, UserError
-from potstill.metrics import Meter, Predictions, evaluate, top_k
+from potstill.memory import largest_that_fits
+from potstill.metric_names import higher_is_better
+from potstill.metrics import Meter, evaluate, mean_of_views, top_k
 from potstill.optim import LearningRate
+from potstill.predictions import Predictions, thresholds_file
 from potstill.runs import Checkpoint
 from potstill.task import Task, Teacher
 from potstill.watch import check_epoch
@@ -86,10 +90,6 @@ class Progress:
     epochs: list[dict[str, Any]] = field(default_factory=list)
 
 
-def higher_is_better(monitor: str) -> bool:
-    return not monitor.endswith("loss")
-
-
 def autocast_of(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
     if precision == "fp32":
         return contextlib.nullcontext
@@ -101,49 +101,15 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest())
 
 
-def train(
-    task: Task,
-    teachers: Sequence[Teacher],
-    optimizer: torch.optim.Optimizer,
-    learning_rate: LearningRate,
-    batches: Batches,
-    val_batches: Batches,
-    augment: Augment,
-    cfg: Loop,
-    session: Session,
-    *,
-    device: torch.device,
-    classes: Sequence[str],
-    attempt: int = 1,
-    standing: Sequence[dict[str, str]] = (),
-    notes: Sequence[str] = (),
-    facts: dict[str, Any] | None = None,
-) -> Progress:
-    """Train `task` for `cfg.epochs`, or go on from the session's newest checkpoint.
-
-    `standing` are warnings about the data: said at once and in every epoch's record. `notes` follow the
-    attempt's first record, which also carries `facts`. Every epoch ends with an evaluation, a record and a checkpoint. Raises LossNotFinite (the last good
-    checkpoint stands) and Stopped.
-    """
-    return _Training(
-        task,
-        teachers,
-        optimizer,
-        learning_rate,
-        batches,
-        val_batches,
-        augment,
-        cfg,
-        session,
-        device,
-        classes,
-        attempt,
-        standing,
-    ).run(notes, facts or {})
-
-
 @dataclass
-class _Training:
+class Training:
+    """Trains `task` for `cfg.epochs`, or goes on from the session's newest checkpoint: see `run`.
+
+    `metrics`: what validation measures besides the usual, by name. `threshold`: how the thresholds of a
+    binary or multi-label task are chosen on validation. `standing`: warnings about the data, said at once
+    and in every epoch's record.
+    """
+
     task: Task
     teachers: Sequence[Teacher]
     optimizer: torch.optim.Optimizer
@@ -155,6 +121,8 @@ class _Training:
     session: Session
     device: torch.device
     classes: Sequence[str]
+    metrics: Sequence[str] = ()
+    threshold: str | float = 0.5
     attempt: int = 1
     standing: Sequence[dict[str, str]] = ()
 
@@ -162,17 +130,31 @@ class _Training:
         self.autocast = autocast_of(self.cfg.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.cfg.precision == "fp16")
         self.at = Progress()
+        auto = self.cfg.micro_batch_size == "auto"
+        self.micro_batch_size: int | None = None if auto else self.cfg.micro_batch_size
+        self._px = self.augment.image_px
         self.meter = self._new_meter()
+        self.averager = Averager(
+            self.task.model, self.cfg.ema, self.cfg.ema_warmup, self.cfg.average_last
+        )
         self.forward: nn.Module = self.task
         # sum and weight of the loss since the last log
         self._window = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._clock = 0.0
 
     def _new_meter(self) -> Meter:
-        return Meter(len(self.classes), self.device, terms=[t.name for t in self.task.terms])
+        terms = [t.name for t in self.task.terms]
+        return Meter(self.task.kind, len(self.classes), self.device, terms=terms)
 
-    def run(self, notes: Sequence[str], facts: dict[str, Any]) -> Progress:
-        self._resume(facts)
+    def run(self, notes: Sequence[str] = (), facts: Mapping[str, Any] | None = None) -> Progress:
+        """Train to the end. `notes` follow the attempt's first record, which also carries `facts`.
+
+        Every epoch ends with an evaluation, a record and a checkpoint. Raises LossNotFinite (the last good
+        checkpoint stands) and Stopped.
+        """
+        checkpoint, passed_over = self.session.resume_from()
+        self.micro_batch_size = self._micro_batch_size(checkpoint)
+        self._resume(checkpoint, passed_over, facts or {})
         for line in notes:
             self._log("note", message=line)
         for warning in self.standing:
@@ -194,6 +176,7 @@ class _Training:
     def _train_epoch(self) -> None:
         at, cfg = self.at, self.cfg
         self.task.train()
+        self._px = self.augment.px_at(at.epoch, cfg.epochs)
         lr, images, counted_from, stopping = 0.0, 0, at.epoch_step, False
         started = window_started = self._clock = time.perf_counter()
         window_images = 0
@@ -201,7 +184,7 @@ class _Training:
             lr = self.learning_rate.before_step(at.step)
             self._update(batch)
             at.step, at.epoch_step = at.step + 1, at.epoch_step + 1
-            n = int(batch["weight_total"])
+            n = int(batch["count"])
             images, window_images = images + n, window_images + n
             last = at.epoch_step == self.batches.steps
             if at.step % cfg.log_every_steps == 0 or last:
@@ -238,6 +221,7 @@ class _Training:
         at, cfg = self.at, self.cfg
         trained = self.meter.compute()
         self._refuse_bad_weights()
+        self.averager.after_epoch(at.epoch, cfg.epochs)
         measured, found = self._evaluate()
         if not math.isfinite(measured["loss"]):
             self._refuse(f"the validation loss is {measured['loss']}")
@@ -248,11 +232,9 @@ class _Training:
             "train_loss": trained["loss"],
             "train_top1_acc": trained["top1_acc"],
             "train_top5_acc": trained["top5_acc"],
-            "val_loss": measured["loss"],
-            "val_top1_acc": measured["top1_acc"],
-            "val_top5_acc": measured["top5_acc"],
-            "val_macro_f1": measured["macro_f1"],
+            **{f"val_{name}": value for name, value in measured.items()},
             "lr": lr,
+            "image_px": self._px,
             "top_k": top_k(len(self.classes)),
             "terms": {
                 t.name: {
@@ -287,20 +269,58 @@ class _Training:
             {k: record[k] for k in ("train_loss", "train_top1_acc", "val_loss", "val_top1_acc")}
         )
         record["warnings"] = [
-            *check_epoch(at.epochs, found.label, found.prediction, self.classes),
+            *check_epoch(at.epochs, found, self.classes),
             *self.standing,
         ]
         self.learning_rate.after_epoch(value)
         at.epoch, at.epoch_step = at.epoch + 1, 0
         self.meter = self._new_meter()
         self._log("epoch", **record)
-        self._save(epoch_done=True, metrics=record, files={"val_predictions.npz": _npz(found)})
+        files = {"val_predictions.npz": _npz(found)}
+        if found.thresholds is not None:
+            files["thresholds.json"] = thresholds_file(found, self.classes, self.threshold)
+        self._save(epoch_done=True, metrics=record, files=files)
+
+    # ---------------------------------------------------------------------- how much memory holds
+    def _micro_batch_size(self, checkpoint: Checkpoint | None) -> int | None:
+        """`loop.micro_batch_size`, found out where it is auto. A run keeps what it began with: batch
+        statistics depend on it. Collective."""
+        if self.cfg.micro_batch_size != "auto":
+            return self.cfg.micro_batch_size
+        if checkpoint and (kept := checkpoint.state().get("micro_batch_size")):
+            return kept
+        share = -(-self.cfg.batch_size // self.session.world_size)
+        size = largest_that_fits(self._try_update, share, self.device)
+        if self.session.world_size > 1:
+            least = torch.tensor(size, device=self.device)
+            dist.all_reduce(least, op=dist.ReduceOp.MIN)
+            size = int(least)
+        return size
+
+    def _try_update(self, size: int) -> None:
+        """One forward and backward pass of `size` samples, which leaves no trace."""
+        self._px = max(self.augment.px_at(e, self.cfg.epochs) for e in range(self.cfg.epochs))
+        first = next(iter(self.batches.epoch(0)))
+        rows = torch.arange(size) % len(first["id"])
+        part = {k: v[rows] if v.ndim else v for k, v in first.items()}
+        buffers = {name: b.clone() for name, b in self.task.named_buffers()}
+        meter, window = self.meter, self._window.clone()
+        self.meter = self._new_meter()
+        self.task.train()
+        try:
+            self.scaler.scale(self._loss(part)).backward()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for name, buffer in self.task.named_buffers():
+                    buffer.copy_(buffers[name])
+            self.meter, self._window = meter, window
 
     # ------------------------------------------------------------------------------------ one update
     def _update(self, batch: dict[str, Tensor]) -> None:
         """One optimizer step from this rank's share of a global batch."""
         torch.manual_seed(_step_seed(self.cfg.seed, self.at.step, self.session.rank))
-        parts = micro_batches(batch, self.cfg.micro_batch_size, self.cfg.accumulate)
+        parts = micro_batches(batch, self.micro_batch_size, self.cfg.accumulate)
         for i, part in enumerate(parts):
             with self._no_sync() if i + 1 < len(parts) else contextlib.nullcontext():
                 # DistributedDataParallel averages over ranks; the shares are meant to be added
@@ -311,6 +331,7 @@ class _Training:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.averager.after_step(self.at.step)
 
     def _no_sync(self) -> AbstractContextManager:
         return (
@@ -320,25 +341,31 @@ class _Training:
         )
 
     def _loss(self, part: dict[str, Tensor]) -> Tensor:
-        padded = not bool(part["weight"].all())
-        batch = self._to_device(part)
-        batch["image"] = self.augment.train(batch["image"], batch["id"], batch["view"])
+        batch = self._augmented(part)
         with self.autocast():
             for teacher in self.teachers:
                 batch = teacher(batch)
-            loss, shares, outputs = self.forward(batch)
+            loss, sums, outputs = self.forward(batch)
         weight = batch["weight"].sum()
         to_mean = batch["weight_total"] / weight.clamp(min=1e-12)
         self.meter.update_mean("loss", loss.detach() * to_mean, weight)
         self._window += torch.stack(
             [(loss.detach() * batch["weight_total"]).double(), weight.double()]
         )
-        for name, share in shares.items():
-            self.meter.update_mean(f"term/{name}", share * to_mean, weight)
+        for name, (value, counted) in sums.items():
+            self.meter.update_mean(f"term/{name}", value / counted.clamp(min=1e-12), counted)
+        padded = not bool(part["label_weight"].all())
         self.meter.update_classified(
-            outputs["logits"].detach(), batch["label"], batch["weight"], padded
+            outputs["logits"].detach(), _main_label(batch), batch["label_weight"], padded
         )
         return loss
+
+    def _augmented(self, part: dict[str, Tensor]) -> dict[str, Tensor]:
+        batch = self._to_device(part)
+        # ids and views from where they are: what is planned on the CPU need not wait for the device
+        images = self.augment.train(batch["image"], part["id"], part["view"], self._px)
+        mixing = self.at.epoch < self.cfg.epochs - self.augment.mix_off_epochs
+        return self.augment.mix({**batch, "image": images}, mixing)
 
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
@@ -346,20 +373,38 @@ class _Training:
     # ------------------------------------------------------------------------------------ evaluation
     def _evaluate(self) -> tuple[dict[str, float], Predictions]:
         self._share_buffers()
-        self.task.eval()
-        return evaluate(
-            self._predict, self._val_batches(), len(self.classes), self.device, self.autocast
-        )
+        with self._measured():
+            self.task.eval()
+            return evaluate(
+                self._predict,
+                self._val_batches(),
+                self.task.kind,
+                len(self.classes),
+                self.device,
+                self.autocast,
+                self.metrics,
+                self.threshold,
+            )
+
+    @contextlib.contextmanager
+    def _measured(self) -> Iterator[None]:
+        """The weights that are measured and kept: averaged ones, where there are any."""
+        if not self.averager.active:
+            yield
+            return
+        with self.averager.swapped():
+            self._share_buffers()
+            yield
 
     def _predict(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.task.model(batch)["logits"]
+        views = self.augment.eval_views(batch["image"])
+        said = [self.task.model({**batch, "image": view})["logits"] for view in views]
+        return mean_of_views(said, self.task.kind)
 
     def _val_batches(self) -> Iterator[tuple[dict[str, Tensor], bool]]:
         for batch in self.val_batches.epoch(0):
-            padded = not bool(batch["weight"].all())
-            batch = self._to_device(batch)
-            batch["image"] = self.augment.eval(batch["image"])
-            yield batch, padded
+            padded = not bool(batch["label_weight"].all())
+            yield self._to_device(batch), padded
 
     # ---------------------------------------------------------------------------- what must be finite
     def _window_loss(self) -> float:
@@ -424,6 +469,7 @@ class _Training:
             "progress": vars(at),
             "meter": self.meter.state(),
             "window": self._whole_window().cpu(),
+            "micro_batch_size": self.micro_batch_size,
         }
         meta = {
             "epoch": at.epoch,
@@ -431,17 +477,21 @@ class _Training:
             "epoch_done": epoch_done,
             "best": at.best,
         }
-        model_state = self.task.model.state_dict()
-        self.session.report(
-            {**metrics, "step": at.step}, Snapshot(at.step, model_state, state, meta, files or {})
-        )
+        with self._measured():
+            # the averager now holds what is trained, and the model what is kept
+            state["averager"] = self.averager.state_dict()
+            snapshot = Snapshot(at.step, self.task.model.state_dict(), state, meta, files or {})
+            self.session.report({**metrics, "step": at.step}, snapshot)
         self._log("checkpoint", folder=f"step-{at.step:08d}", epoch_done=epoch_done)
 
-    def _resume(self, facts: dict[str, Any]) -> None:
-        checkpoint, passed_over = self.session.resume_from()
+    def _resume(
+        self, checkpoint: Checkpoint | None, passed_over: Sequence[str], facts: Mapping[str, Any]
+    ) -> None:
         if checkpoint:
             state = checkpoint.state()
             self.task.model.load_state_dict(checkpoint.model_state())
+            if "averager" in state:
+                self.averager.load_state_dict(state["averager"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.learning_rate.load_state_dict(state["learning_rate"])
             self.scaler.load_state_dict(state["scaler"])
@@ -458,6 +508,10 @@ class _Training:
             steps_per_epoch=self.batches.steps,
             epochs=self.cfg.epochs,
             world_size=self.session.world_size,
+            micro_batch_size=self.micro_batch_size,
+            task_kind=self.task.kind,
+            metrics=list(self.metrics),
+            monitor=self.cfg.monitor,
             device=str(self.device),
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -474,6 +528,16 @@ class _Training:
                 **values,
             }
         )
+
+
+def _main_label(batch: Mapping[str, Tensor]) -> Tensor:
+    """The label, and of a mixed image that of its larger share."""
+    if "mix" not in batch:
+        return batch["label"]
+    own_B = batch["mix"] >= 0.5
+    return torch.where(
+        own_B if batch["label"].ndim == 1 else own_B[:, None], batch["label"], batch["label_mix"]
+    )
 
 
 def _npz(found: Predictions) -> bytes:

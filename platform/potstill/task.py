@@ -6,17 +6,27 @@ import difflib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from potstill import registry
 from potstill.errors import UserError
-from potstill.losses import LOSSES
+from potstill.losses import LOSSES, class_weights
 
 Batch = dict[str, Tensor]
-"""image [B,3,H,W] (uint8 until augmented, then float in [0, 1]), label [B], id [B] and view [B] int64,
-weight [B] (0 for padding), weight_total [] (the sum of weights of the whole global batch)."""
+"""image [B,3,H,W] (uint8 until augmented, then float in [0, 1]), id [B] and view [B] int64; label [B] int64 or,
+where a sample may have several classes, [B,K] float; weight [B] (0 for padding), label_weight [B] (0 where there
+is no label, too); weight_total, label_weight_total [] and count [] of the whole global batch.
+Where pairs were mixed also label_mix and label_weight_mix (the partner's), and mix [B]: the share of the own."""
+
+
+class Sum(NamedTuple):
+    """A weighted sum of a term's values, and the sum of the weights, both []."""
+
+    value: Tensor
+    weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -33,8 +43,19 @@ class Term:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def build_terms(terms: dict[str, dict[str, Any]]) -> list[Term]:
-    """`task.terms` of the config. Raises UserError for an unknown loss, option or a wrong number of inputs."""
+def build_terms(
+    terms: dict[str, dict[str, Any]],
+    kind: str = "single_label",
+    counts_K: Sequence[int] | None = None,
+    device: torch.device | None = None,
+    samples: int | None = None,
+) -> list[Term]:
+    """`task.terms` of the config. `counts_K`: training images of each class, and `samples` of them in all, for
+    `class_weights`.
+
+    Raises UserError for an unknown loss or option, a wrong number of inputs, and a loss that is not for
+    this kind of task.
+    """
     built = []
     for name, node in terms.items():
         key = f"task.terms.{name}"
@@ -44,55 +65,105 @@ def build_terms(terms: dict[str, dict[str, Any]]) -> list[Term]:
             options.pop("inputs", []),
             options.pop("weight", 1.0),
         )
-        if loss_name not in LOSSES:
-            near = difflib.get_close_matches(str(loss_name), LOSSES, n=1)
-            remedy = f"; did you mean {near[0]}?" if near else ""
+        loss = _find_loss(key, loss_name)
+        if loss_name in NOT_FOR.get(kind, ()):
             raise UserError(
-                f"{key}.loss must be one of {', '.join(LOSSES)}, got {loss_name!r}{remedy}"
+                f"{key}.loss must suit task.kind={kind}, got {loss_name}, which takes one class a sample; use bce, focal "
+                "or asymmetric"
             )
-        parameters = inspect.signature(LOSSES[loss_name]).parameters.values()
+        parameters = inspect.signature(loss).parameters.values()
         positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
         if len(inputs) != len(positional):
             raise UserError(
                 f"{key}.inputs must name {len(positional)} inputs ({', '.join(positional)}), got {inputs}"
             )
-        for option in options:
-            if option not in keywords:
+        for option, value in dict(options).items():
+            if option not in keywords and not value:
+                del options[
+                    option
+                ]  # the group's default for its own loss, switched off: it says nothing
+            elif option not in keywords:
                 raise UserError(
                     f"{key}.{option} is not an option of {loss_name}; it has {', '.join(keywords) or 'none'}"
                 )
-        built.append(Term(name, LOSSES[loss_name], tuple(inputs), float(weight), options))
+        if counts_K is not None and options.get("class_weights") is not None:
+            spec = options["class_weights"]
+            options["class_weights"] = _class_weights(key, kind, spec, counts_K, samples).to(device)
+        built.append(Term(name, loss, tuple(inputs), float(weight), options))
     return built
 
 
-class Task(nn.Module):
-    """A model and the terms it is trained on."""
+NOT_FOR = {"multi_label": ("cross_entropy", "kl"), "binary": ("cross_entropy", "kl")}
 
-    def __init__(self, model: nn.Module, terms: Sequence[Term]) -> None:
+
+def _find_loss(key: str, name: Any) -> Callable[..., Tensor]:
+    own = {n: registry.lookup("loss", n) for n in registry.names("loss")}
+    known = {**LOSSES, **own}
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        remedy = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{key}.loss must be one of {', '.join(known)}, got {name!r}{remedy}")
+    return known[name]
+
+
+def _class_weights(
+    key: str, kind: str, spec: Any, counts_K: Sequence[int], samples: int | None
+) -> Tensor:
+    if isinstance(spec, list) and len(spec) != len(counts_K):
+        raise UserError(
+            f"{key}.class_weights must be balanced, effective or a number for each of the {len(counts_K)} classes, got "
+            f"{len(spec)} numbers"
+        )
+    return class_weights(spec, torch.as_tensor(counts_K), kind, samples)
+
+
+class Task(nn.Module):
+    """A model, the terms it is trained on, and what kind of labels they take."""
+
+    def __init__(self, model: nn.Module, terms: Sequence[Term], kind: str = "single_label") -> None:
         super().__init__()
         self.model = model
         self.terms = list(terms)
+        self.kind = kind
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Returns (loss [], means by term, outputs of the model).
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Sum], dict[str, Tensor]]:
+        """Returns (loss [], sums by term, outputs of the model).
 
-        The loss is this batch's share of the global batch's weighted mean: sum of w·l over
-        `weight_total`. So the shares of ranks and micro-batches add up, whatever their sizes.
+        The loss is this batch's share of the global batch's weighted mean: of each term, sum of w·l over
+        the whole batch's sum of w. So the shares of ranks and micro-batches add up, whatever their sizes.
+        A term that takes labels counts `label_weight`, any other `weight`.
         """
         outputs = self.model(batch)
         columns = {**batch, **outputs}
-        weight_B, total = batch["weight"], batch["weight_total"]
-        loss = weight_B.new_zeros(())
-        shares: dict[str, Tensor] = {}
+        loss = batch["weight"].new_zeros(())
+        sums: dict[str, Sum] = {}
         for term in self.terms:
-            loss_B = term.loss(
-                *(self._column(columns, term, name) for name in term.inputs), **term.options
-            )
-            share = (loss_B * weight_B).sum() / total
-            loss = loss + term.weight * share
-            shares[term.name] = share.detach()
-        return loss, shares, outputs
+            if "label" in term.inputs:
+                summed, total = self._labelled(columns, term), batch["label_weight_total"]
+            else:
+                weight_B = batch["weight"]
+                summed = Sum((self._values(columns, term) * weight_B).sum(), weight_B.sum())
+                total = batch["weight_total"]
+            # a batch without a label has nothing to say here
+            loss = loss + term.weight * summed.value / total.clamp(min=1e-12)
+            sums[term.name] = Sum(summed.value.detach(), summed.weight)
+        return loss, sums, outputs
+
+    def _labelled(self, columns: dict[str, Tensor], term: Term) -> Sum:
+        """Of a mixed image both labels count, each by its share: Zhang et al. 2017, arXiv:1710.09412, section 3."""
+        weight_B = columns["label_weight"]
+        if "mix" not in columns:
+            return Sum((self._values(columns, term) * weight_B).sum(), weight_B.sum())
+        own_B = columns["mix"] * weight_B
+        other_B = (1 - columns["mix"]) * columns["label_weight_mix"]
+        of_partner = self._values({**columns, "label": columns["label_mix"]}, term)
+        value = (self._values(columns, term) * own_B + of_partner * other_B).sum()
+        return Sum(value, (own_B + other_B).sum())
+
+    def _values(self, columns: dict[str, Tensor], term: Term) -> Tensor:
+        inputs = (self._column(columns, term, name) for name in term.inputs)
+        return term.loss(*inputs, **term.options)
 
     @staticmethod
     def _column(columns: dict[str, Tensor], term: Term, name: str) -> Tensor:

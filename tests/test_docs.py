@@ -1,0 +1,55 @@
+"""The documentation is run, and what is written down of the keys is what the schema says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT, write_tree
+from potstill.config import keys_table
+
+DOCS = ROOT / "docs"
+
+
+def test_the_python_page_runs(tmp_path, cache_dir):
+    """Its blocks, one after the other, in a process of their own as a user would."""
+    write_tree(tmp_path / "tree")
+    (tmp_path / "tree" / "train").rename(tmp_path / "photos")
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), re.DOTALL)
+    code = []
+    for block in blocks:
+        if named := re.match(r"# (\w+\.py)\n", block):
+            (tmp_path / named[1]).write_text(block)
+        else:
+            code.append(block)
+    assert len(code) == 4
+    assert len(blocks) == 5
+    (tmp_path / "page.py").write_text("\n".join(code))
+    done = subprocess.run(
+        [sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = done.stdout.splitlines()
+    assert any("runs/run-" in line for line in said)
+    assert "(2, 4)" in done.stdout, "two images, four classes"
+    assert said[-1] == str(16 * 27 + 16 + 4 * 16 + 4), "the plug-in's parameters"
+
+
+def test_the_table_of_keys_is_that_of_the_schema():
+    """POTSTILL_GOLDEN=write uv run pytest tests/test_docs.py writes it."""
+    page = DOCS / "recipes.md"
+    head, mark, _ = page.read_text().partition("<!-- every key, from the schema -->\n")
+    expected = head + mark + "\n" + keys_table()
+    if os.environ.get("POTSTILL_GOLDEN") == "write":
+        page.write_text(expected)
+    assert page.read_text() == expected
+
+
+def test_every_page_that_is_linked_exists():
+    for page in (ROOT / "README.md", *DOCS.glob("*.md")):
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+        assert Path(page).read_text().endswith("\n")
