@@ -1,7 +1,7 @@
 """Measure a finished run, on its own validation images or on a folder that it has never seen.
 
   uv run jobs/evaluate.py from_run=runs/<name>
-  uv run jobs/evaluate.py from_run=runs/<name> data.root=<folder of class folders>
+  uv run jobs/evaluate.py from_run=runs/<name> data.root=<folder of class folders> metrics=[auc,brier] tta=flip
 
 Classes are matched by name. A folder without train/, val/ or test/ is evaluated whole.
 """

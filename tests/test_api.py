@@ -132,3 +132,14 @@ def test_a_plugin_that_does_not_import_is_named_with_its_error(tmp_path, monkeyp
         potstill.compose(["plugins=[broken_plugin]", "data.root=x"])
     with pytest.raises(UserError, match="plugins: 'nobody' cannot be imported"):
         potstill.compose(["plugins=[nobody]", "data.root=x"])
+
+
+def test_no_plugin_replaces_what_is_built_in():
+    from potstill.data import policies
+    from potstill.losses import LOSSES
+
+    assert set(registry.RESERVED["loss"]) == set(LOSSES)
+    assert set(registry.RESERVED["augmentation"]) == set(policies._BUILT_IN)
+    for kind, name in (("loss", "kl"), ("augmentation", "trivial"), ("source", "folder")):
+        with pytest.raises(UserError, match=f"there is a {kind} '{name}' already"):
+            registry.register(kind, name)(lambda: None)

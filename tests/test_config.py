@@ -47,8 +47,14 @@ EXPERIMENTS = sorted(p.stem for p in (config.CONF_DIR / "experiment").glob("*.ya
             "optimizer.betas=[0.9]",
             r"optimizer\.betas must be two or three numbers >= 0 and < 1, got \[0\.9\]",
         ),
-        ("optimizer.betas=[0.9,1]", r"optimizer\.betas must be two or three numbers >= 0 and < 1, got"),
-        ("optimizer.betas=[-0.1,0.9]", r"optimizer\.betas must be two or three numbers >= 0 and < 1, got"),
+        (
+            "optimizer.betas=[0.9,1]",
+            r"optimizer\.betas must be two or three numbers >= 0 and < 1, got",
+        ),
+        (
+            "optimizer.betas=[-0.1,0.9]",
+            r"optimizer\.betas must be two or three numbers >= 0 and < 1, got",
+        ),
         ("model=null", r"model must be one of plugin, timm, got 'null'"),
         ("model=5", r"model must be one of plugin, timm, got '5'"),
         ("~model", r"model must be a mapping with _target_, got \{\}; use model=timm"),
@@ -171,9 +177,10 @@ def test_plain_text_arrives_as_it_was_written(value, tmp_path):
         ("predict", ["from_run", "images"]),
         ("quickstart", ["data_dir"]),
     ):
-        composed = dict(
-            config.flatten(to_dict(compose(job_name, [f"{key}={value}" for key in keys])))
-        )
+        # unlabelled images are taken only where something learns from them
+        task = ["task=distil"] if job_name == "train" else []
+        overrides = [*task, *(f"{key}={value}" for key in keys)]
+        composed = dict(config.flatten(to_dict(compose(job_name, overrides))))
         assert {key: composed[key] for key in keys} == dict.fromkeys(keys, value)
 
 
@@ -245,6 +252,23 @@ def test_every_experiment_composes_and_builds(experiment, tmp_path):
         )
 
 
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_debug_shrinks_every_experiment(experiment):
+    overrides = [f"experiment={experiment}", "teacher.run=somewhere", "debug=true"]
+    small = compose("train", [*overrides, "loop.steps_per_epoch=5000"])
+    assert small.loop.epochs <= 2
+    assert small.loop.steps_per_epoch == 10
+    assert small.augment.image_px <= 64
+    assert not small.loop.compile
+
+
+def test_debug_and_paths_set_in_python_mean_the_same():
+    plain = compose("train", ["data.root=x", "loop.epochs=90"])
+    plain.debug, plain.data.root = True, "/data/${x}/y"
+    checked = config.checked(plain)
+    assert (checked.loop.epochs, checked.data.root) == (2, "/data/${x}/y")
+
+
 def test_debug_shrinks_any_experiment():
     small = compose(
         "train", ["debug=true", "loop.epochs=90", "loop.batch_size=512", "data.max_samples=90000"]
@@ -310,3 +334,19 @@ def test_help_shows_the_keys_of_model_and_task_with_their_defaults():
     ):
         assert re.search(rf"^  {line}", shown, re.MULTILINE), line
     assert "decoded as the run's own" in config._keys_help("evaluate")
+
+
+def test_unlabelled_images_need_a_term_that_learns_from_them():
+    with pytest.raises(UserError, match=r"data\.unlabeled needs a term that learns without labels"):
+        compose("train", ["data.root=x", "data.unlabeled=y"])
+    compose("train", ["data.root=x", "data.unlabeled=y", "task=distil", "teacher.run=t"])
+
+
+def test_options_of_a_plugins_loss_are_its_own_affair(monkeypatch):
+    from potstill import registry
+
+    monkeypatch.setitem(registry._KNOWN["loss"], "mine", lambda logits_BK, label_B, *, alpha: None)
+    node = "task.terms.task={loss: mine, inputs: [logits, label], alpha: 5.0}"
+    assert compose("train", ["data.root=x", node]).task["terms"]["task"]["alpha"] == 5.0
+    with pytest.raises(UserError, match=r"task\.terms\.task\.alpha must be"):
+        compose("train", ["data.root=x", node.replace("mine", "focal")])

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from conftest import ROOT, write_tree
-from potstill.config import keys_table
+from potstill.config import _as_written, compose, flatten, keys_table, to_dict
+from potstill.metric_names import table
 
 DOCS = ROOT / "docs"
 
@@ -41,11 +42,23 @@ def test_the_python_page_runs(tmp_path, cache_dir):
 def test_the_table_of_keys_is_that_of_the_schema():
     """POTSTILL_GOLDEN=write uv run pytest tests/test_docs.py writes it."""
     page = DOCS / "recipes.md"
-    head, mark, _ = page.read_text().partition("<!-- every key, from the schema -->\n")
-    expected = head + mark + "\n" + keys_table()
+    head, mark, _ = page.read_text().partition("<!-- from the schema -->\n")
+    expected = f"{head}{mark}\n## Keys\n\n{keys_table()}\n## Metrics\n\n{table()}"
     if os.environ.get("POTSTILL_GOLDEN") == "write":
         page.write_text(expected)
     assert page.read_text() == expected
+
+
+def test_the_defaults_of_the_table_are_those_of_a_plain_config():
+    """What `jobs/train.py` runs with, where nothing is said."""
+    written = dict(
+        re.findall(r"^\| `([\w.<>]+)` .*? \| `([^`]*)` \| [^|]*\|$", keys_table(), re.MULTILINE)
+    )
+    for key, value in flatten(to_dict(compose("train", ["data.root=x"]))):
+        if key == "data.root":
+            continue
+        key = re.sub(r"^task\.terms\.\w+", "task.terms.<term>", key)
+        assert written[key] == _as_written(value), key
 
 
 def test_every_page_that_is_linked_exists():

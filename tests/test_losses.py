@@ -6,7 +6,16 @@ import torch.nn.functional as F
 from timm.loss import AsymmetricLossMultiLabel, AsymmetricLossSingleLabel, BinaryCrossEntropy
 
 from potstill.errors import UserError
-from potstill.losses import LOSSES, asymmetric, bce, class_weights, cross_entropy, focal, kl
+from potstill.losses import (
+    LOSSES,
+    asymmetric,
+    bce,
+    class_weights,
+    cross_entropy,
+    focal,
+    kl,
+    kl_sigmoid,
+)
 
 # logits and labels of each kind of task; the second sample has no label
 KINDS = {
@@ -201,3 +210,22 @@ def test_class_weights_by_hand():
     assert class_weights([1, 3], counts, "multi_label").tolist() == [1, 3]
     with pytest.raises(UserError, match=r"class_weights must be > 0 .* got \[0, 0\]"):
         class_weights([0, 0], counts)
+
+
+def test_kl_sigmoid_is_zero_when_equal_and_moves_the_student_alone():
+    teacher = torch.tensor([[2.0, -1.0], [0.5, 3.0]], requires_grad=True)
+    assert kl_sigmoid(teacher.detach(), teacher).abs().max() < 1e-6
+    student = torch.zeros(2, 2, requires_grad=True)
+    found = kl_sigmoid(student, teacher, temperature=2.0)
+    assert (found > 0).all()
+    found.sum().backward()
+    assert teacher.grad is None
+    assert (torch.sign(-student.grad) == torch.sign(teacher.detach())).all()
+
+
+def test_kl_sigmoid_by_hand():
+    """One logit: the teacher says 0.9, the student 0.5, at temperature 1."""
+    teacher = torch.logit(torch.tensor([[0.9]]))
+    by_hand = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
+    found = kl_sigmoid(torch.zeros(1, 1), teacher, temperature=1.0)
+    assert found.item() == pytest.approx(by_hand, rel=1e-5)

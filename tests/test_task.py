@@ -191,3 +191,30 @@ def test_what_another_loss_has_switched_off_does_not_get_in_the_way():
     assert build_terms({"distil": {**node, "class_weights": None}})[0].options == {}
     with pytest.raises(UserError, match=r"label_smoothing is not an option of kl"):
         build_terms({"distil": {**node, "label_smoothing": 0.1}})
+
+
+@pytest.mark.parametrize("kind", ["multi_label", "binary"])
+def test_a_label_loss_takes_no_teacher_and_kl_has_a_form_for_every_kind(kind):
+    with pytest.raises(
+        UserError, match=r"compares with labels, got teacher.logits; use kl_sigmoid"
+    ):
+        build_terms({"d": {"loss": "bce", "inputs": ["logits", "teacher.logits"]}}, kind)
+    with pytest.raises(UserError, match="got kl; use kl_sigmoid"):
+        build_terms({"d": {"loss": "kl", "inputs": ["logits", "teacher.logits"]}}, kind)
+    node = {"loss": "kl_sigmoid", "inputs": ["logits", "teacher.logits"]}
+    assert build_terms({"d": node}, kind)[0].name == "d"
+    with pytest.raises(UserError, match="got kl_sigmoid; use kl"):
+        build_terms({"d": node})
+
+
+def test_class_weights_of_several_labels_come_from_their_share_of_the_images():
+    node = {"loss": "bce", "inputs": ["logits", "label"], "class_weights": "balanced"}
+    term = build_terms({"task": node}, "multi_label", [10, 50], samples=100)[0]
+    assert term.options["class_weights"].tolist() == pytest.approx([9.0, 1.0])
+
+
+def test_alpha_of_focal_is_for_what_is_present_or_absent():
+    node = {"loss": "focal", "inputs": ["logits", "label"], "alpha": 0.3}
+    with pytest.raises(UserError, match=r"alpha must be null with focal and one class of several"):
+        build_terms({"task": node})
+    assert build_terms({"task": node}, "binary")[0].options == {"alpha": 0.3}

@@ -13,10 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from potstill import runs
 from potstill.errors import UserError
+from potstill.predictions import multi_label_predictions
 from potstill.tracking import AimFollower, fill
 from synthetic_runs import (
     START,
@@ -178,6 +180,29 @@ def test_pictures_and_warnings(told):
     assert figure["data"][0]["type"] == "heatmap"
     assert sum(map(sum, figure["data"][0]["customdata"])) == 60
     assert objects["warnings/epoch"] == [24, "collapsed: all are rubra\nat chance: 25 %"]
+
+
+def test_a_run_of_several_labels_is_told_with_its_metrics_and_label_sets(tmp_path):
+    targets = np.array([[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]], bool)
+    scores = np.array([[0.9, 0.1, 0.7, 0.6], [0.2, 0.3, 0.4, 0.1], [0.1, 0.1, 0.1, 0.2]])
+    ids = np.arange(3) + 1000
+    arrays = (ids, targets, scores, scores.argmax(1), scores.max(1))
+    guesses = multi_label_predictions(*arrays, 0.5).arrays()
+    records = whole_journal(2, val_auc=0.875)
+    run_dir = make_run(tmp_path, records, classes=CLASSES, guesses=guesses)
+    make_cache(tmp_path / "cache" / "k1", guesses, CLASSES)
+    aim_hash = fill(run_dir, tmp_path / "aim")
+    aim_run = read_aim(tmp_path / "aim")[aim_hash]
+    assert points(aim_run, "auc/val") == {16: 0.875}
+    objects = aim_run["objects"]
+    assert set(objects) == {"predictions/mistake", "predictions/correct"}
+    assert [caption for caption, _ in objects["predictions/correct"][1]] == [
+        "robur + ilex <i> → robur (0.90) + ilex <i> (0.70) + suber (0.60)"
+    ]
+    assert [caption for caption, _ in objects["predictions/mistake"][1]] == [
+        "rubra → none",
+        "none → none",
+    ]
 
 
 def test_aim_calls_nobody(told):

@@ -5,23 +5,24 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from timm.layers.norm_act import convert_sync_batchnorm
+from torch import nn
 
 from potstill import runs
 from potstill.config import Config, build, load_run_config
-from potstill.data.augment import Augment
+from potstill.data.augment import Augment, progressive_px
 from potstill.data.batches import Batches
 from potstill.data.cache import Cache, open_cache
 from potstill.errors import UserError
 from potstill.loop import Progress, Session, Training, autocast_of
 from potstill.metric_names import higher_is_better
-from potstill.metrics import mean_of_views
+from potstill.metrics import over_views
 from potstill.models.images import TimmModel, freeze
 from potstill.models.weights import head_of, init_from, load_run_state
 from potstill.optim import LearningRate, build_optimizer
@@ -50,7 +51,9 @@ def build_model(config: Config, outputs: Sequence[str]) -> TimmModel:
     return build("model", config.model, num_classes=len(outputs), image_px=image_px(config))
 
 
-def load_model(run_dir: Path, which: str = "best") -> tuple[TimmModel, list[str], Config]:
+def load_model(
+    run_dir: Path, which: str | runs.Checkpoint = "best"
+) -> tuple[TimmModel, list[str], Config]:
     """A run's model with its weights, its classes by name, and its config."""
     config = load_run_config(run_dir)
     load_plugins(config.plugins)
@@ -87,7 +90,8 @@ def load_teacher(
 
 
 class Predictor:
-    """A run's best or last weights, ready to be asked. `classes` [K] are its classes by name.
+    """A run's weights, ready to be asked. `checkpoint`: best | last, or one that was picked already. `classes` [K] are
+    its classes by name.
 
     Raises UserError where there is no such run or checkpoint.
     """
@@ -95,11 +99,13 @@ class Predictor:
     def __init__(
         self,
         run_dir: Path,
-        checkpoint: str = "best",
+        checkpoint: str | runs.Checkpoint = "best",
         precision: str = "fp32",
         use_gpu: bool | None = None,
         tta: str | None = None,
     ) -> None:
+        if isinstance(checkpoint, str):
+            checkpoint = runs.pick_checkpoint(run_dir, checkpoint)
         model, self.classes, config = load_model(run_dir, checkpoint)
         self.kind = task_kind(config)
         self.decode = config.data.decode
@@ -109,16 +115,14 @@ class Predictor:
         self.augment = Augment(views, config.data.decode.image_px, config.loop.seed)
         self.model = model.to(device=self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.outputs = outputs_of(config, self.classes)
-        found = runs.pick_checkpoint(run_dir, checkpoint).folder
-        self.thresholds = read_thresholds(found, self.outputs)
+        self.thresholds = read_thresholds(checkpoint.folder, self.outputs)
 
     @torch.inference_mode()
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [B, 3, H, W] on any device -> float [B, K] (binary: [B, 1]): the mean of all views."""
         views = self.augment.eval_views(images.to(self.device, non_blocking=True))
         with self.autocast():
-            said = [self.model({"image": view})["logits"].float() for view in views]
-        return mean_of_views(said, self.kind)
+            return over_views(self.model, views, self.kind)
 
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [B, 3, H, W] -> float [B, K]; of a binary task both classes' [B, 2]."""
@@ -169,7 +173,7 @@ def train_run(
     config.model["pretrained"] = bool(config.model.get("pretrained")) and not goes_on
     outputs = outputs_of(config, cache.classes)
     model = build_model(config, outputs)
-    _check_smaller_size(config, model)
+    _check_smaller_sizes(config, model, f"{config.model.get('name')}")
     notes = []
     if config.model.get("init_from") and not goes_on:
         notes = init_from(model, config.model["init_from"], outputs).lines()
@@ -189,6 +193,7 @@ def train_run(
     if config.teacher.run:
         run, px = Path(config.teacher.run), image_px(config)
         teacher = load_teacher(run, "teacher", cache.classes, px, kind)
+        _check_smaller_sizes(config, teacher.model, f"the teacher {run.name}")
         teachers.append(teacher.to(device=device, memory_format=layout))  # type: ignore[call-overload]
     if config.loop.compile:
         _compile([task.model, *(t.model for t in teachers)], config, device)
@@ -224,19 +229,21 @@ def train_run(
     ).run(notes, facts)
 
 
-def _check_smaller_size(config: Config, model: Any) -> None:
-    """Whether the model takes the sizes that progressive training begins with."""
-    start_px = config.augment.start_px
-    if start_px is None:
-        return
+def _check_smaller_sizes(config: Config, model: nn.Module, said: str) -> None:
+    """Whether a model takes every size that progressive training goes through. `said`: its name."""
+    epochs, whole, start_px = config.loop.epochs, image_px(config), config.augment.start_px
+    sizes = {progressive_px(config.augment, whole, epoch, epochs) for epoch in range(epochs)}
     was_training = model.training
+    model.eval()
+    px = 0
     try:
         with torch.no_grad():
-            model.eval()({"image": torch.zeros(1, 3, start_px, start_px)})
+            for px in sorted(sizes - {whole}):
+                model({"image": torch.zeros(1, 3, px, px)})
     except (AssertionError, RuntimeError) as error:
         raise UserError(
-            f"augment.start_px must be a size that the model takes, got {start_px} for {config.model.get('name')}: "
-            f"{str(error).splitlines()[0]}; set augment.start_px=null"
+            f"augment.start_px must lead to sizes that the model and its teacher take, got {start_px}, where images have "
+            f"{px} px in some epoch: {said} does not take them ({str(error).splitlines()[0]}); set augment.start_px=null"
         ) from None
     finally:
         model.train(was_training)
@@ -265,7 +272,8 @@ def _compile(models: Sequence[Any], config: Config, device: torch.device) -> Non
 
 def _batches(
     config: Config, cache: Cache, session: Session, device: torch.device
-) -> tuple[Batches, Batches]:
+) -> tuple[Batches, Callable[[int], Batches]]:
+    """Training's batches, and validation's of so many samples."""
     px = config.data.decode.image_px
     shared: dict[str, Any] = {
         "seed": config.loop.seed,
@@ -284,15 +292,7 @@ def _batches(
         steps_per_epoch=config.loop.steps_per_epoch,
         **shared,
     )
-    # no gradients are kept, so that validation can take more at a time than an update's forward pass does
-    micro = config.loop.micro_batch_size
-    forward = (
-        micro if isinstance(micro, int) else -(-config.loop.batch_size // config.loop.accumulate)
-    )
-    validation = Batches(
-        cache.split("val"), max(2 * forward, 2 * session.world_size), shuffle=False, **shared
-    )
-    return training, validation
+    return training, lambda size: Batches(cache.split("val"), size, shuffle=False, **shared)
 
 
 def _counts(cache: Cache) -> dict[str, Any]:

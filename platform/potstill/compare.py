@@ -33,8 +33,8 @@ def comparison(
             f"alone and distilled must be as many, and at least one, got {len(alone)} and {len(distilled)}"
         )
     values = {
-        "alone": [float(s["best_metrics"][metric]) for s in alone],
-        "distilled": [float(s["best_metrics"][metric]) for s in distilled],
+        "alone": [_best(s, metric) for s in alone],
+        "distilled": [_best(s, metric) for s in distilled],
     }
     gains = [
         after - before for before, after in zip(values["alone"], values["distilled"], strict=True)
@@ -42,7 +42,7 @@ def comparison(
     interval = paired_interval(gains)
     result: dict[str, Any] = {
         "metric": metric,
-        "teacher": float(teacher["best_metrics"][metric]),
+        "teacher": _best(teacher, metric),
         **{
             name: {
                 "mean": fmean(of),
@@ -58,6 +58,12 @@ def comparison(
     runs.write_json(folder / "comparison.json", result)
     runs.atomic_write(folder / "comparison.png", _draw(result))
     return result
+
+
+def _best(summary: dict[str, Any], metric: str) -> float:
+    """Not a number where summary.json says null."""
+    value = summary["best_metrics"][metric]
+    return math.nan if value is None else float(value)
 
 
 def _finite(values: Sequence[float]) -> bool:

@@ -321,6 +321,20 @@ class PrepareConfig:
 
 
 @dataclass
+class EvaluateColumns:
+    image: str | None = None
+    """Column of paths, URLs or bytes; null, here and below: the run's own."""
+    label: str | None = None
+    """Column of class names; null: the run's own."""
+    split: str | None = None
+    """Column of train, val or test; null: the run's own."""
+    weight: str | None = None
+    """Column of sample weights; null: the run's own."""
+    group: str | None = None
+    """Column of what must not straddle a split; null: the run's own."""
+
+
+@dataclass
 class EvaluateData:
     """What is evaluated on. How it is decoded is the run's own affair, and no key of it is taken here."""
 
@@ -328,6 +342,9 @@ class EvaluateData:
     """Images that are decoded as the run's own were; null: the run's own data."""
     source: str | None = None
     """What the root is: folder | manifest | tar | parquet | a plug-in's; null: the same as the run's own."""
+    columns: EvaluateColumns = field(default_factory=EvaluateColumns)
+    allow_outside: bool | None = None
+    """true: a manifest's relative paths may leave its folder, and absolute ones are taken; null is the run's own."""
     classes: list[str] | None = None
     """Names or wildcards (`Quercus_*`); null takes every class of the folder, or the run's own choice."""
     max_samples: int | None = None
@@ -358,6 +375,8 @@ class EvaluateConfig:
     """What is measured besides loss, top-1, top-5 and macro-F1; null is the run's own task.metrics."""
     tta: str | None = None
     """Views that are averaged: none | flip | five_crop | ten_crop; null is the run's own."""
+    plugins: list[str] = field(default_factory=list)
+    """Python modules that register sources of your own; the run's own plug-ins are loaded in any case."""
 
 
 @dataclass
@@ -539,8 +558,11 @@ def _quoted(text: str) -> str:
     """Text that comes out of Hydra and OmegaConf as it is."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
-    without_interpolation = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
-    return QuotedString(without_interpolation, Quote.single).with_quotes()
+    return QuotedString(_without_interpolation(text), Quote.single).with_quotes()
+
+
+def _without_interpolation(text: str) -> str:
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def _config_dir(folder: str) -> Path:
@@ -586,9 +608,13 @@ def _known_keys(name: str) -> dict[str, Any]:
 
     keys = dict(flatten(to_dict(SCHEMAS[name]())))
     if name == "train":
+        defaults = yaml.safe_load((CONF_DIR / "train.yaml").read_text())["defaults"]
+        chosen = {g: c for entry in defaults if isinstance(entry, dict) for g, c in entry.items()}
         for group in ("model", "task"):
             keys.pop(group)
-            for path in sorted((CONF_DIR / group).glob("*.yaml")):
+            # what is chosen by default says the defaults, the others what else there is
+            files = (CONF_DIR / group).glob("*.yaml")
+            for path in sorted(files, key=lambda f: (f.stem != chosen[group], f.stem)):
                 nodes = flatten(yaml.safe_load(path.read_text()), f"{group}.")
                 keys.update((key, value) for key, value in nodes if key not in keys)
     return keys
@@ -608,7 +634,15 @@ def apply_debug(config: Config) -> Config:
     data.max_samples = min(data.max_samples or 200, 200)
     data.decode.image_px = min(data.decode.image_px, 64)
     config.augment.image_px = min(config.augment.image_px or 64, 64)
+    if config.augment.start_px is not None:
+        config.augment.start_px = min(config.augment.start_px, config.augment.image_px)
+    config.augment.mix_off_epochs = min(config.augment.mix_off_epochs, 1)
     loop.epochs = min(loop.epochs, 2)
+    if loop.average_last is not None:
+        loop.average_last = min(loop.average_last, loop.epochs)
+    if loop.steps_per_epoch is not None:
+        loop.steps_per_epoch = min(loop.steps_per_epoch, 10)
+    loop.compile = False
     loop.batch_size = min(loop.batch_size, 16)
     loop.micro_batch_size = None
     loop.accumulate = min(loop.accumulate, 2)
@@ -852,7 +886,7 @@ NODES: dict[str, tuple[Check, str]] = {
     "task.terms.*": ((_mapping("loss", "inputs"), "must be a mapping with loss and inputs"), ""),
     "task.terms.*.loss": (
         (_text, "must be text"),
-        "cross_entropy | bce | focal | asymmetric | kl, or a plug-in's.",
+        "cross_entropy | bce | focal | asymmetric | kl | kl_sigmoid, or a plug-in's.",
     ),
     "task.terms.*.inputs": (
         (lambda v: isinstance(v, list) and all(map(_text, v)), "must be a list of names"),
@@ -904,7 +938,7 @@ NODES: dict[str, tuple[Check, str]] = {
     ),
     "task.terms.*.temperature": (
         _number(0, open_low=True, kind="a number "),
-        "kl: what both logits are divided by.",
+        "kl, kl_sigmoid: what both logits are divided by.",
     ),
 }
 
@@ -938,6 +972,8 @@ def validate(config: Any) -> None:
         return
     for pattern, (check, _) in NODES.items():
         for key, value in _places(values, pattern):
+            if _is_option_of_a_plugin(key, values):
+                continue
             _refuse_unless(check, key, value, HINTS.get(pattern))
     registry.check("model", config.model["_target_"])
     if (
@@ -979,6 +1015,14 @@ def validate(config: Any) -> None:
             )
 
 
+def _is_option_of_a_plugin(key: str, values: dict[str, Any]) -> bool:
+    """Whether a key is an option of a loss that a plug-in has registered: its values are its own affair."""
+    parts = key.split(".")
+    if parts[:2] != ["task", "terms"] or len(parts) < 4 or parts[3] in ("loss", "inputs", "weight"):
+        return False
+    return values["task"]["terms"][parts[2]].get("loss") in registry.names("loss")
+
+
 def _check_task(config: Config) -> None:
     """What kind of labels, metrics and monitor go together."""
     from potstill import metric_names
@@ -998,6 +1042,11 @@ def _check_task(config: Config) -> None:
         raise UserError(
             f"loop.monitor must be one of {', '.join(monitors)}, got {config.loop.monitor!r}; "
             f"{f'did you mean {near[0]}?' if near else remedy}"
+        )
+    if config.data.unlabeled and all("label" in t["inputs"] for t in config.task["terms"].values()):
+        raise UserError(
+            f"data.unlabeled needs a term that learns without labels, got {config.data.unlabeled!r} and only terms with a "
+            "label; use task=distil with teacher.run, or set data.unlabeled=null"
         )
     if kind == "multi_label" and config.loop.sampler == "class_balanced":
         raise UserError(
@@ -1105,14 +1154,25 @@ def checked(config: Any) -> Any:
 
     try:
         copied = OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(type(config)), to_dict(config))
+            OmegaConf.merge(OmegaConf.structured(type(config)), _literal(to_dict(config)))
         )
     except (OmegaConfBaseException, ValueError) as error:
         key = getattr(error, "full_key", "") or "the config"
         raise UserError(f"{key} was refused: {str(error).splitlines()[0]}") from None
     registry.load_plugins(getattr(copied, "plugins", []))
+    if isinstance(copied, Config) and copied.debug:
+        copied = apply_debug(copied)
     validate(copied)
     return copied
+
+
+def _literal(value: Any) -> Any:
+    """Text as it is: OmegaConf would take `${…}` in it for another key."""
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return _without_interpolation(value) if isinstance(value, str) else value
 
 
 # ----------------------------------------------------------------------------------------- plain dicts

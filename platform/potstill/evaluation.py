@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,8 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
     Classes are matched by name; the folder may lack some of them, but not hold others. Images that the run
     was trained on are counted, and warned of. Decisions of a binary or multi-label task are taken at the thresholds
     that the checkpoint keeps, chosen on the run's validation images; none is chosen here. Writes evaluation.json,
-    reliability.png, and confusion_matrix.png or curves.png; returns the content of evaluation.json. Raises UserError.
+    reliability.png, and confusion_matrix.png or curves.png; returns the content of evaluation.json (NaN where the
+    file says null). Raises UserError.
     """
     if config.from_run is None:
         raise UserError(
@@ -35,7 +38,7 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
     about = runs.read_json(run_dir / "run.json")
     known: list[str] = about["classes"]
     trained = load_run_config(run_dir)
-    load_plugins(trained.plugins)
+    load_plugins([*trained.plugins, *config.plugins])
     kind = trained.task.get("kind", "single_label")
     metrics = trained.task.get("metrics") or [] if config.metrics is None else config.metrics
     metric_names.check(kind, metrics, key="metrics")
@@ -55,7 +58,7 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
             f"add subset={have[0]}"
         )
     # it reads the whole checkpoint, and refuses before anything is decoded
-    checkpoint = runs.pick_checkpoint(run_dir, config.checkpoint).folder.name
+    checkpoint = runs.pick_checkpoint(run_dir, config.checkpoint)
     user = f"evaluation of {run_dir.name}"
     with prepared(data, config.cache, user, for_training=False, prefer=plan.key) as found:
         cache = open_cache(
@@ -64,10 +67,10 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
         warnings = _trained_on(run_dir, cache, config.subset)
         for warning in warnings:
             console.warn(f"{warning['name']}: {warning['message']}")
-        measured, predictions = _measure(config, run_dir, cache, metrics)
+        measured, predictions = _measure(config, run_dir, checkpoint, cache, metrics)
         result = {
             "run": run_dir.name,
-            "checkpoint": checkpoint,
+            "checkpoint": checkpoint.folder.name,
             **measured,
             "warnings": warnings,
             "quarantined": found.report.get("quarantined", {}),
@@ -94,12 +97,11 @@ def _data(asked: EvaluateData, own: Data) -> Data:
         data.source, data.unlabeled = asked.source or own.source, None
         # no split is made: a folder without splits is evaluated whole, one that has them as it is
         data.split.val = 1.0
-    if asked.classes is not None:
-        data.classes = asked.classes
-    if asked.max_samples is not None:
-        data.max_samples = asked.max_samples
-    if asked.max_bad_fraction is not None:
-        data.max_bad_fraction = asked.max_bad_fraction
+    for name in ("classes", "max_samples", "max_bad_fraction", "allow_outside"):
+        if (value := getattr(asked, name)) is not None:
+            setattr(data, name, value)
+    columns = {k: v for k, v in vars(asked.columns).items() if v is not None}
+    data.columns = dataclasses.replace(data.columns, **columns)
     return data
 
 
@@ -124,7 +126,11 @@ def _trained_on(run_dir: Path, cache: Cache, subset: str) -> list[dict[str, str]
 
 
 def _measure(
-    config: EvaluateConfig, run_dir: Path, cache: Cache, metrics: Sequence[str]
+    config: EvaluateConfig,
+    run_dir: Path,
+    checkpoint: runs.Checkpoint,
+    cache: Cache,
+    metrics: Sequence[str],
 ) -> tuple[dict[str, Any], Predictions]:
     import torch
 
@@ -132,8 +138,7 @@ def _measure(
     from potstill.data.batches import Batches
     from potstill.metrics import evaluate, top_k
 
-    asked = (config.checkpoint, config.precision, config.use_gpu, config.tta)
-    predictor = Predictor(run_dir, *asked)
+    predictor = Predictor(run_dir, checkpoint, config.precision, config.use_gpu, config.tta)
     known = predictor.classes
     batches = Batches(cache.split(config.subset), config.batch_size, seed=0, shuffle=False)
     place = torch.tensor([known.index(name) for name in cache.classes])
@@ -153,7 +158,7 @@ def _measure(
         predictor.kind,
         len(known),
         predictor.device,
-        predictor.autocast,
+        contextlib.nullcontext,  # the predictor has its own
         metrics,
         0.5 if predictor.thresholds is None else predictor.thresholds,
     )
@@ -207,8 +212,6 @@ def _say(result: dict[str, Any], output: Path, most: int = 20) -> None:
     )
     m, kind, k = result["metrics"], result["kind"], result["top_k"]
     keys = [key for key in m if key != "top5_acc" or k > 1]
-    order = ["loss", "top1_acc", "top5_acc", "macro_f1"]
-    keys = sorted(keys, key=lambda key: order.index(key) if key in order else len(order))
     said = (
         f"{metric_names.title(key, kind, k).removesuffix(' accuracy')}: {metric_names.shown(key, m[key])}"
         for key in keys

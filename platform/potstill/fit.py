@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.metadata
 import logging
 import os
@@ -161,6 +162,11 @@ def _refuse_before_start(config: Config, run_dir: Path, plan: Plan) -> None:
         runs.best_checkpoint(teacher)
         from potstill.task import match_classes
 
+        theirs = load_run_config(teacher).task.get("kind", "single_label")
+        if theirs != kind:
+            raise UserError(
+                f"teacher.run must do the student's kind of task ({kind}), got {config.teacher.run}, which does {theirs}"
+            )
         known = runs.read_json(teacher / "run.json")["classes"]
         match_classes(known, plan.rows.classes, config.teacher.run)
 
@@ -178,6 +184,20 @@ def _check_model(config: Config) -> None:
     check_optimizer(config.optimizer)
     if config.model["_target_"] == "timm":
         check_name(config.model["name"])
+        _check_columns(config)
+
+
+def _check_columns(config: Config) -> None:
+    """Whether every term's inputs will be there; what a plug-in's model returns only it knows."""
+    there = ["label", "logits", "features"] + (["teacher.logits"] if config.teacher.run else [])
+    for name, term in config.task["terms"].items():
+        for column in term["inputs"]:
+            if column not in there:
+                near = difflib.get_close_matches(column, there, n=1)
+                remedy = f"; did you mean {near[0]}?" if near else ""
+                raise UserError(
+                    f"task.terms.{name}.inputs must be of {', '.join(there)}, got {column!r}{remedy}"
+                )
 
 
 def _write_identity(config: Config, run_dir: Path, plan: Plan, counts: dict[str, int]) -> None:
@@ -267,7 +287,7 @@ def _train(
         "run_dir": str(run_dir),
         "cache_dir": str(cache_dir),
         "findings": findings,
-        "path": sys.path if config.plugins else [],
+        "path": sys.path,  # plug-ins, the teacher's too, are found where the driver found them
     }
     with _follow(run_dir, printer):
         if config.scaling.num_workers == 0:

@@ -5,7 +5,6 @@ Shapes: N images, K classes, H x W pixels as stored by the run's decoding.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from potstill import console, runs
-from potstill.config import PredictConfig
+from potstill.config import PredictConfig, checked
 from potstill.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,25 +68,34 @@ def predict(
 
     They are decoded and cropped as in the run's validation. `checkpoint`: best | last. `tta`: views that are
     averaged, none | flip | five_crop | ten_crop; None is the run's own. An image that cannot be read is a row
-    with an `error`. Raises UserError.
+    with an `error`; what is no image at all is refused. Raises UserError.
     """
     import torch
 
     from potstill.assemble import Predictor
     from potstill.data.images import BadImage, decode_image
 
+    asked = checked(
+        PredictConfig(
+            checkpoint=checkpoint,
+            batch_size=batch_size,
+            precision=precision,
+            use_gpu=use_gpu,
+            tta=tta,
+        )
+    )
     run_dir = runs.open_run(run, "from_run")
     given = list(_spread(images))
     if not given:
         raise UserError(f"images must name at least one image, got {images!r}")
-    predictor = Predictor(run_dir, checkpoint, precision, use_gpu, tta)
+    predictor = Predictor(run_dir, asked.checkpoint, asked.precision, asked.use_gpu, asked.tta)
     parts: list[np.ndarray] = []
     errors: list[str | None] = []
     with console.progress("Predicting", len(given)) as update:
-        for start in range(0, len(given), batch_size):
+        for start in range(0, len(given), asked.batch_size):
             pixels: list[np.ndarray] = []
             readable: list[bool] = []
-            for item in given[start : start + batch_size]:
+            for item in given[start : start + asked.batch_size]:
                 try:
                     pixels.append(decode_image(_content(item), predictor.decode))
                     errors.append(None)
@@ -115,7 +123,7 @@ def predict(
 
 
 def _spread(images: Any) -> Iterator[Given]:
-    """Every single image; folders are walked."""
+    """Every single image; folders are walked. Raises UserError for what is none."""
     from potstill.data.folder import SIDECARS
 
     alone = isinstance(images, str | Path | bytes | np.ndarray)
@@ -131,30 +139,39 @@ def _spread(images: Any) -> Iterator[Given]:
         elif isinstance(item, str | Path) and not Path(item).expanduser().exists():
             raise UserError(f"images must exist, got {str(item)!r}, which does not")
         else:
+            _refuse_unless_image(item)
             yield item
 
 
-def _content(item: Given) -> bytes:
-    """The bytes of an image file; pixels in memory become a PNG, which loses nothing."""
+def _refuse_unless_image(item: Any) -> None:
     from PIL import Image
+
+    if isinstance(item, np.ndarray):
+        shape = item.shape
+        coloured = item.ndim == 3 and shape[2] == 3
+        if item.dtype != np.uint8 or not (item.ndim == 2 or coloured) or not item.size:
+            raise UserError(
+                f"images: an array must be uint8 [H, W, 3] or [H, W], got {item.dtype} {list(shape)}"
+            )
+    elif not isinstance(item, str | Path | bytes | Image.Image):
+        raise UserError(
+            "images must be paths, bytes of image files, PIL images or uint8 arrays [H, W, 3], got "
+            f"{type(item).__module__}.{type(item).__qualname__}; a tensor [3, H, W] of 0 to 255 becomes one by "
+            "tensor.permute(1, 2, 0).numpy()"
+        )
+
+
+def _content(item: Given) -> bytes:
+    """The bytes of an image file. Raises OSError and images.BadImage."""
+    from PIL import Image
+
+    from potstill.data.images import as_file
 
     if isinstance(item, bytes):
         return item
     if isinstance(item, str | Path):
         return Path(item).expanduser().read_bytes()
-    if isinstance(item, np.ndarray):
-        if (
-            item.dtype != np.uint8
-            or item.ndim not in (2, 3)
-            or (item.ndim == 3 and item.shape[2] != 3)
-        ):
-            raise UserError(
-                f"images: an array must be uint8 [H, W, 3] or [H, W], got {item.dtype} {list(item.shape)}"
-            )
-        item = Image.fromarray(item)
-    buffer = io.BytesIO()
-    item.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    return as_file(Image.fromarray(item) if isinstance(item, np.ndarray) else item)
 
 
 def _name(item: Given) -> str:

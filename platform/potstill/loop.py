@@ -31,12 +31,12 @@ from potstill.data.batches import Batches, micro_batches
 from potstill.errors import Stopped, UserError
 from potstill.memory import largest_that_fits
 from potstill.metric_names import higher_is_better
-from potstill.metrics import Meter, evaluate, mean_of_views, top_k
+from potstill.metrics import Meter, evaluate, over_views, top_k
 from potstill.optim import LearningRate
 from potstill.predictions import Predictions, thresholds_file
 from potstill.runs import Checkpoint
 from potstill.task import Task, Teacher
-from potstill.watch import check_epoch
+from potstill.watch import check_epoch, check_monitor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -105,6 +105,7 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
 class Training:
     """Trains `task` for `cfg.epochs`, or goes on from the session's newest checkpoint: see `run`.
 
+    `val_batches`: makes validation's batches of so many samples; how many, is known when `micro_batch_size` is.
     `metrics`: what validation measures besides the usual, by name. `threshold`: how the thresholds of a
     binary or multi-label task are chosen on validation. `standing`: warnings about the data, said at once
     and in every epoch's record.
@@ -115,7 +116,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     learning_rate: LearningRate
     batches: Batches
-    val_batches: Batches
+    val_batches: Callable[[int], Batches]
     augment: Augment
     cfg: Loop
     session: Session
@@ -252,9 +253,8 @@ class Training:
             / max(steps_done, 1),
         }
         value = record[cfg.monitor]
-        better = at.best is None or (
-            value > at.best["value"] if higher_is_better(cfg.monitor) else value < at.best["value"]
-        )
+        # until an epoch has a value, the first one stands in: a run keeps something to predict with
+        better = at.best is None or _is_better(value, at.best["value"], cfg.monitor)
         at.bad_epochs = 0 if better else at.bad_epochs + 1
         if better:
             at.best = {
@@ -270,9 +270,11 @@ class Training:
         )
         record["warnings"] = [
             *check_epoch(at.epochs, found, self.classes),
+            *check_monitor(cfg.monitor, value),
             *self.standing,
         ]
-        self.learning_rate.after_epoch(value)
+        if not math.isnan(value):
+            self.learning_rate.after_epoch(value)
         at.epoch, at.epoch_step = at.epoch + 1, 0
         self.meter = self._new_meter()
         self._log("epoch", **record)
@@ -289,13 +291,25 @@ class Training:
             return self.cfg.micro_batch_size
         if checkpoint and (kept := checkpoint.state().get("micro_batch_size")):
             return kept
-        share = -(-self.cfg.batch_size // self.session.world_size)
-        size = largest_that_fits(self._try_update, share, self.device)
-        if self.session.world_size > 1:
+        world = self.session.world_size
+        share = -(-self.cfg.batch_size // world)
+        trained = [p for p in self.task.parameters() if p.requires_grad]
+        # two numbers of Adam's for each weight, and between workers a copy of the gradients
+        to_come = sum(p.nbytes for p in trained) * (2 + (world > 1))
+        here = min(int(os.environ.get("LOCAL_WORLD_SIZE", world)), world)
+        size = largest_that_fits(self._try_update, share, self.device, to_come, here)
+        if world > 1:
             least = torch.tensor(size, device=self.device)
             dist.all_reduce(least, op=dist.ReduceOp.MIN)
             size = int(least)
         return size
+
+    def _val_batch_size(self) -> int:
+        """Samples of all ranks: no gradients are kept, so that it can be more than an update's forward pass takes."""
+        forward = -(-self.cfg.batch_size // self.cfg.accumulate)
+        if self.micro_batch_size is not None:
+            forward = min(self.micro_batch_size * self.session.world_size, forward)
+        return 2 * max(forward, self.session.world_size)
 
     def _try_update(self, size: int) -> None:
         """One forward and backward pass of `size` samples, which leaves no trace."""
@@ -398,11 +412,10 @@ class Training:
 
     def _predict(self, batch: dict[str, Tensor]) -> Tensor:
         views = self.augment.eval_views(batch["image"])
-        said = [self.task.model({**batch, "image": view})["logits"] for view in views]
-        return mean_of_views(said, self.task.kind)
+        return over_views(self.task.model, views, self.task.kind, **batch)
 
     def _val_batches(self) -> Iterator[tuple[dict[str, Tensor], bool]]:
-        for batch in self.val_batches.epoch(0):
+        for batch in self.val_batches(self._val_batch_size()).epoch(0):
             padded = not bool(batch["label_weight"].all())
             yield self._to_device(batch), padded
 
@@ -528,6 +541,13 @@ class Training:
                 **values,
             }
         )
+
+
+def _is_better(value: float, than: float, monitor: str) -> bool:
+    """NaN, where a metric is undefined, is better than nothing and worse than any number."""
+    if math.isnan(value) or math.isnan(than):
+        return not math.isnan(value)
+    return value > than if higher_is_better(monitor) else value < than
 
 
 def _main_label(batch: Mapping[str, Tensor]) -> Tensor:

@@ -145,12 +145,27 @@ def kl(student_BK: Tensor, teacher_BK: Tensor, *, temperature: float = 4.0) -> T
     return divergence_BK.sum(dim=1) * temperature**2
 
 
+def kl_sigmoid(student_BK: Tensor, teacher_BK: Tensor, *, temperature: float = 4.0) -> Tensor:
+    """T² · KL(teacher_T ‖ student_T) of outputs that each stand for themselves, mean over classes: for several labels
+    and for two classes by one logit. No gradient reaches the teacher.
+
+    Hinton et al. 2015, arXiv:1503.02531, with a Bernoulli variable a class in the place of the softmax
+    (Yang et al. 2023, arXiv:2308.06453, section 3.2). Returns [B], in nats.
+    """
+    student_BK, teacher_BK = (x.float() / temperature for x in (student_BK, teacher_BK.detach()))
+    yes_BK = teacher_BK.sigmoid()
+    of_yes_BK = yes_BK * (F.logsigmoid(teacher_BK) - F.logsigmoid(student_BK))
+    of_no_BK = (1 - yes_BK) * (F.logsigmoid(-teacher_BK) - F.logsigmoid(-student_BK))
+    return (of_yes_BK + of_no_BK).mean(dim=1) * temperature**2
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "cross_entropy": cross_entropy,
     "bce": bce,
     "focal": focal,
     "asymmetric": asymmetric,
     "kl": kl,
+    "kl_sigmoid": kl_sigmoid,
 }
 
 

@@ -15,16 +15,24 @@ MARGIN = 0.8
 """Share of the free memory that may be planned with: fragments and other processes want some, too."""
 
 
-def largest_that_fits(attempt: Callable[[int], None], most: int, device: torch.device) -> int:
+def largest_that_fits(
+    attempt: Callable[[int], None],
+    most: int,
+    device: torch.device,
+    to_come: int = 0,
+    workers: int = 1,
+) -> int:
     """The largest even part of `most` samples (it, a half, a quarter, …) that `attempt(n)` has room for.
 
     `attempt` runs one forward and backward pass of n samples and leaves no trace. A GPU is asked by trying;
     a CPU, whose system would kill the process, by what passes of two and of four samples keep for the backward pass.
-    Raises UserError where two samples do not fit.
+    `to_come`: bytes that the training will take beyond an attempt's, such as the optimizer's state. `workers`: how
+    many processes share this machine's memory; a GPU is one worker's own. Raises UserError where two samples do not
+    fit.
     """
     size = most
     while size >= 2:
-        if _fits(attempt, size, device):
+        if _fits(attempt, size, device, to_come, workers):
             return size
         size = 2 * (size // 4)
     raise UserError(
@@ -33,24 +41,27 @@ def largest_that_fits(attempt: Callable[[int], None], most: int, device: torch.d
     )
 
 
-def _fits(attempt: Callable[[int], None], size: int, device: torch.device) -> bool:
+def _fits(
+    attempt: Callable[[int], None], size: int, device: torch.device, to_come: int, workers: int
+) -> bool:
     if device.type == "cpu":
         few, more = saved_bytes(attempt, 2), saved_bytes(attempt, 4)
         needed = few + (more - few) / 2 * (size - 2)
-        # gradients of activations stand beside them, for a while
-        return 2 * needed <= MARGIN * free_bytes()
+        # gradients of activations stand beside them, for a while; the weights that are saved, too, stand for theirs
+        return 2 * needed + to_come <= MARGIN * free_bytes() / workers
+    # else this attempt would be judged by the peak of one before it that failed
+    torch.cuda.reset_peak_memory_stats(device)
+    failed = False
     try:
         attempt(size)
     except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return False
-    free, _ = torch.cuda.mem_get_info(device)
-    reserved = torch.cuda.memory_reserved(device)
-    # the optimizer's state comes with the first update
-    fits = torch.cuda.max_memory_allocated(device) <= 0.9 * (free + reserved)
+        failed = True  # what it holds is let go when this clause is left
+    if not failed:
+        free, _ = torch.cuda.mem_get_info(device)
+        room = 0.9 * (free + torch.cuda.memory_reserved(device))
+        failed = torch.cuda.max_memory_allocated(device) + to_come > room
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    return fits
+    return not failed
 
 
 def saved_bytes(attempt: Callable[[int], None], size: int) -> int:

@@ -126,3 +126,14 @@ def further(keys: Iterable[str]) -> list[str]:
     return [
         k for k in keys if k.startswith("val_") and plain(k) in METRICS and plain(k) not in ALWAYS
     ]
+
+
+def table() -> str:
+    """Every metric as a Markdown table: name, meaning, kinds of task, unit."""
+    lines = ["| name | meaning | task.kind | unit |", "|---|---|---|---|"]
+    for name, about in METRICS.items():
+        kinds = "all" if about.kinds == _ALL else ", ".join(about.kinds)
+        unit = "percent" if about.scale == 100 else "fraction"
+        better = "" if about.higher_is_better else "; lower is better"
+        lines.append(f"| `{name}` | {about.meaning} | {kinds} | {unit}{better} |")
+    return "\n".join(lines) + "\n"

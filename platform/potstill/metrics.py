@@ -226,6 +226,15 @@ def mean_of_views(views: Sequence[Tensor], kind: str) -> Tensor:
     return yes_BK - no_BK
 
 
+def over_views(model: Callable[..., Any], views: Iterable[Tensor], kind: str, **columns: Any) -> Tensor:
+    """What a model says of several views [B,3,h,w] of the same images, one after another: see `mean_of_views`.
+
+    `columns`: what the batch holds besides `image`.
+    """
+    said = [model({**columns, "image": view})["logits"].float() for view in views]
+    return mean_of_views(said, kind)
+
+
 @torch.inference_mode()
 def evaluate(
     predict: Callable[[dict[str, Tensor]], Tensor],
@@ -262,7 +271,8 @@ def evaluate(
     order = np.argsort(joined[0], kind="stable")
     found = _predictions(kind, [c[order] for c in joined], threshold)
     names = dict.fromkeys((*ALWAYS, *metrics))
-    return {**meter.compute(), **measure(found, num_classes, names)}, found
+    values = {**meter.compute(), **measure(found, num_classes, names)}
+    return {name: values[name] for name in ("loss", *names)}, found
 
 
 def _said(kind: str, logits_BK: Tensor) -> tuple[Tensor, ...]:

@@ -36,6 +36,11 @@ _KNOWN: dict[str, dict[str, Any]] = {
     },
     "augmentation": {},
 }
+# Built-in ones that are known by name where they are used, and that no plug-in may replace.
+RESERVED = {
+    "loss": ("cross_entropy", "bce", "focal", "asymmetric", "kl", "kl_sigmoid"),
+    "augmentation": ("rand", "trivial", "augmix"),
+}
 _KEYS = {
     "model": "model._target_",
     "loss": "task.terms.*.loss",
@@ -58,7 +63,8 @@ def register(kind: Kind, name: str) -> Callable[[T], T]:
 
     def remember(target: T) -> T:
         known = _KNOWN[kind].get(name)
-        if known is not None and not _same(known, target):
+        reserved = name in RESERVED.get(kind, ())
+        if reserved or (known is not None and not _same(known, target)):
             raise UserError(f"register: there is a {kind} {name!r} already; choose another name")
         _KNOWN[kind][name] = target
         return target

@@ -8,6 +8,9 @@
     summary.json            written when the run ends
     checkpoints/step-*/     model.safetensors, state.pt, val_predictions.npz, meta.json (last: the commit)
     plots/  report.html
+
+A number that is none (the AUC of a split that holds one class) is null in the JSON files, which others read; the
+journal, which only Python reads, keeps it as NaN.
 """
 
 from __future__ import annotations
@@ -63,7 +66,20 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    atomic_write(path, json.dumps(value, indent=2) + "\n")
+    """NaN and infinities become null: JSON has no word for them."""
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(value), indent=2, allow_nan=False)
+    atomic_write(path, text + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:
@@ -328,6 +344,8 @@ def best_checkpoint(run_dir: Path) -> Checkpoint:
             f"{run_dir} has no finished epoch yet; start its command again and let it train"
         )
     name = newest.meta["best"]["folder"]
+    if name == newest.folder.name:
+        return newest
     if found := _valid(run_dir / "checkpoints" / name):
         return found
     raise UserError(

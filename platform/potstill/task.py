@@ -66,10 +66,13 @@ def build_terms(
             options.pop("weight", 1.0),
         )
         loss = _find_loss(key, loss_name)
-        if loss_name in NOT_FOR.get(kind, ()):
+        if loss_name in NOT_FOR[kind]:
             raise UserError(
-                f"{key}.loss must suit task.kind={kind}, got {loss_name}, which takes one class a sample; use bce, focal "
-                "or asymmetric"
+                f"{key}.loss must suit task.kind={kind}, got {loss_name}; use {NOT_FOR[kind][loss_name]}"
+            )
+        if kind == "single_label" and loss_name == "focal" and options.get("alpha") is not None:
+            raise UserError(
+                f"{key}.alpha must be null with focal and one class of several, got {options['alpha']:g}; use class_weights"
             )
         parameters = inspect.signature(loss).parameters.values()
         positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -78,6 +81,11 @@ def build_terms(
             raise UserError(
                 f"{key}.inputs must name {len(positional)} inputs ({', '.join(positional)}), got {inputs}"
             )
+        for parameter, column in zip(positional, inputs, strict=True):
+            if parameter.startswith("label") and column.startswith("teacher."):
+                raise UserError(
+                    f"{key}.inputs: {loss_name} compares with labels, got {column}; use {'kl' if kind == 'single_label' else 'kl_sigmoid'}"
+                )
         for option, value in dict(options).items():
             if option not in keywords and not value:
                 del options[
@@ -94,7 +102,13 @@ def build_terms(
     return built
 
 
-NOT_FOR = {"multi_label": ("cross_entropy", "kl"), "binary": ("cross_entropy", "kl")}
+_INSTEAD = {"cross_entropy": "bce, focal or asymmetric", "kl": "kl_sigmoid"}
+NOT_FOR: dict[str, dict[str, str]] = {
+    "single_label": {"kl_sigmoid": "kl"},
+    "multi_label": _INSTEAD,
+    "binary": _INSTEAD,
+}
+"""By kind of task: losses that do not suit it, and what to use instead."""
 
 
 def _find_loss(key: str, name: Any) -> Callable[..., Tensor]:

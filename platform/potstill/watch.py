@@ -33,6 +33,17 @@ def check_epoch(
     return [asdict(w) for w in findings if w]
 
 
+def check_monitor(monitor: str, value: float) -> list[dict[str, str]]:
+    """Warn of an epoch whose `loop.monitor` has no value: monitor_undefined."""
+    if not math.isnan(value):
+        return []
+    message = (
+        f"loop.monitor={monitor} has no value in this epoch (validation lacks what it is measured on, such as samples "
+        "of both classes): the epoch cannot be the best one"
+    )
+    return [asdict(Finding("monitor_undefined", message))]
+
+
 def _collapsed(found: Predictions, classes: Sequence[str]) -> Finding | None:
     if found.targets is not None and found.targets.any() and not found.decided().any():
         return Finding(

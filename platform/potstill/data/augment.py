@@ -10,6 +10,7 @@ that are mixed is a function of both of their (view, id).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, overload
 
 import torch
@@ -317,19 +318,22 @@ class Augment:
         return self._part(images, self.eval_crop, 0.5, 0.5)
 
     @torch.no_grad()
-    def eval_views(self, images: Tensor) -> list[Tensor]:
-        """Test-time views, whose predictions are to be averaged: each as `eval` makes one. `tta` says which.
+    def eval_views(self, images: Tensor) -> Iterator[Tensor]:
+        """Test-time views, whose predictions are to be averaged: each as `eval` makes one, when it is asked for.
+        `tta` says which.
 
         none: that of `eval`. flip: it and its mirror. five_crop: the centre and the corners, of
-        `eval_crop` of the sides, or of 0.875 of them where that is 1. ten_crop: these and their mirrors.
+        `eval_crop` of the sides, or of 0.875 of them where that is 1. ten_crop: each of these and its mirror.
         """
-        if self.tta in ("none", "flip"):
-            found = [self.eval(images)]
-        else:
+        share, places = self.eval_crop, ((0.5, 0.5),)
+        if self.tta in ("five_crop", "ten_crop"):
             share = self.eval_crop if self.eval_crop < 1 else 0.875
             places = ((0.5, 0.5), (0, 0), (0, 1), (1, 0), (1, 1))
-            found = [self._part(images, share, y, x) for y, x in places]
-        return found + [v.flip(3) for v in found] if self.tta in ("flip", "ten_crop") else found
+        for y, x in places:
+            view = self._part(images, share, y, x)
+            yield view
+            if self.tta in ("flip", "ten_crop"):
+                yield view.flip(3)
 
     def _part(self, images: Tensor, share: float, y: float, x: float) -> Tensor:
         """A part of the frame with `share` of its sides, `y` and `x` of the way from the top left corner."""

@@ -99,6 +99,26 @@ def decode_with_size(data: bytes, decode: Decode) -> tuple[np.ndarray, tuple[int
         raise BadImage("truncated" if cut else "unreadable", detail) from error
 
 
+def as_file(im: Image.Image) -> bytes:
+    """A PNG of pixels in memory, from which `decode_image` makes what it would make of the image's own file.
+
+    That includes the EXIF orientation, which PIL keeps beside the pixels. Raises BadImage.
+    """
+    from PIL import ExifTags, Image
+
+    buffer = io.BytesIO()
+    try:
+        im.load()  # PIL opens a file without reading its pixels
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = _orientation(im)
+        _to_rgb(im).save(buffer, "PNG", compress_level=1, exif=exif, icc_profile=None)
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # as above
+        raise BadImage("unreadable", f"{type(error).__name__}: {error}") from error
+    return buffer.getvalue()
+
+
 @functools.cache
 def _formats() -> tuple[str, ...]:
     from PIL import Image

@@ -250,12 +250,15 @@ def _some(names: Iterable[str]) -> str:
 
 
 # --------------------------------------------------------------------------------------------- runs
-def load_run_state(model: nn.Module, run_dir: Path, which: str = "best") -> None:
-    """Load a run's checkpoint (`which`: best | last) into a model built from its config, to the last tensor.
+def load_run_state(
+    model: nn.Module, run_dir: Path, which: str | runs.Checkpoint = "best"
+) -> None:
+    """Load a run's checkpoint into a model built from its config, to the last tensor. `which`: best | last, or one
+    that was picked already.
 
     Raises UserError where there is no such checkpoint, or where names or shapes differ.
     """
-    checkpoint = runs.pick_checkpoint(run_dir, which)
+    checkpoint = runs.pick_checkpoint(run_dir, which) if isinstance(which, str) else which
     state, target = _by_plain_name(checkpoint.model_state()), _by_plain_name(model.state_dict())
     differing = [f"missing {n}" for n in sorted(target.keys() - state.keys())]
     differing += [f"unexpected {n}" for n in sorted(state.keys() - target.keys())]
