@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import ExifTags, Image
 
 import potstill
 from conftest import run_job, tiny_overrides, write_tree
@@ -65,6 +66,43 @@ def test_an_image_is_the_same_in_every_form(trained):
     assert len(folder) == 16
 
 
+@pytest.mark.parametrize("orientation", [3, 6])
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_a_photo_is_upright_in_every_form(trained, tmp_path, mode, orientation):
+    """As a phone writes it: the pixels lie, EXIF says so. Its two halves differ, so that turning it would show."""
+    run, _ = trained
+    pixels = np.random.default_rng(0).integers(0, 80, (41, 56, 3), dtype=np.uint8)
+    pixels[:13, :, 2] += 170
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(pixels).convert(mode).save(path, exif=exif)
+    with Image.open(path) as image:
+        assert image.mode == mode
+        found = potstill.predict(run, [path, path.read_bytes(), image], tta="none")
+    assert [p.error for p in found] == [None] * 3
+    assert np.ptp(found.probabilities, axis=0) == pytest.approx(np.zeros(4), abs=1e-6)
+    with Image.open(path) as image:
+        image.getexif().clear()
+        lying = potstill.predict(run, image, tta="none")
+    assert lying.probabilities[0] != pytest.approx(found.probabilities[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "I;16"])
+def test_pixels_of_every_mode_are_an_image(trained, mode):
+    image = Image.new(mode, (40, 30), 1) if mode == "I;16" else Image.new("RGB", (40, 30), "white")
+    image = image.convert(mode)
+    found = potstill.predict(trained[0], [image])
+    assert found[0].error is None
+    assert mode == "I;16" or found[0].labels == ["white"]
+
+
+def test_pixels_without_a_range_are_a_row_with_its_reason(trained):
+    found = potstill.predict(trained[0], [Image.new("F", (40, 30)), Image.new("RGB", (0, 3))])
+    assert found[0].error == "unreadable: 32-bit floating point pixels have no known range"
+    assert found[1].error is not None
+
+
 def test_an_unreadable_image_is_a_row_with_its_reason(trained, tmp_path):
     run, tree = trained
     (tmp_path / "bad.jpg").write_bytes(b"no image")
@@ -83,11 +121,33 @@ def test_an_unreadable_image_is_a_row_with_its_reason(trained, tmp_path):
         ("missing.jpg", "images must exist, got 'missing.jpg'"),
         ([], "at least one image"),
         (np.zeros((4, 4, 4), np.float32), r"must be uint8 \[H, W, 3\]"),
+        (np.zeros((0, 4, 3), np.uint8), r"must be uint8 \[H, W, 3\]"),
+        (None, "must be paths, bytes .*, got builtins.NoneType"),
+        (5, "got builtins.int"),
+        (["missing.jpg", None], "missing.jpg"),
+        ([b"", None], "got builtins.NoneType"),
+        (torch.zeros(2, 3, 8, 8), "got torch.Tensor; a tensor .* becomes one by"),
     ],
 )
 def test_what_is_no_image_is_refused(trained, images, says):
     with pytest.raises(UserError, match=says):
         potstill.predict(trained[0], images)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ({"tta": "flips"}, "tta must be one of none, flip, five_crop, ten_crop, got 'flips'"),
+        ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, got 'fp8'"),
+        ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
+        ({"batch_size": 1.5}, "batch_size was refused"),
+        ({"checkpoint": "newest"}, "checkpoint must be one of best, last, got 'newest'"),
+        ({"use_gpu": "perhaps"}, "use_gpu was refused"),
+    ],
+)
+def test_options_of_predict_are_checked(trained, option, says):
+    with pytest.raises(UserError, match=says):
+        potstill.predict(trained[0], Image.new("RGB", (32, 32)), **option)
 
 
 def test_the_command_writes_a_table(trained, tmp_path):

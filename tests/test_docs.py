@@ -11,6 +11,7 @@ from pathlib import Path
 from conftest import ROOT, write_tree
 from potstill.config import _as_written, compose, flatten, keys_table, to_dict
 from potstill.metric_names import table
+from potstill.runs import read_json
 
 DOCS = ROOT / "docs"
 
@@ -37,6 +38,9 @@ def test_the_python_page_runs(tmp_path, cache_dir):
     assert any("runs/run-" in line for line in said)
     assert "(2, 4)" in done.stdout, "two images, four classes"
     assert said[-1] == str(16 * 27 + 16 + 4 * 16 + 4), "the plug-in's parameters"
+    counts = [read_json(p)["dataset"]["counts"] for p in (tmp_path / "runs").glob("*/run.json")]
+    assert {"train": 36, "val": 12} in counts, "the plug-in's split of 48 images"
+    assert {"train": 40, "val": 8} in counts, "the folder's"
 
 
 def test_the_table_of_keys_is_that_of_the_schema():

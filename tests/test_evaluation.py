@@ -64,6 +64,64 @@ def test_images_that_the_run_was_trained_on_are_counted(asked, tiny_tree, tmp_pa
     assert unseen["warnings"] == []
 
 
+def test_a_manifest_with_columns_of_its_own_outside_its_folder(asked, tmp_path):
+    """The run was trained on folders; the manifest names its columns otherwise, and its images stand beside it."""
+    write_tree(tmp_path / "tree", seed=17)
+    (tmp_path / "lists").mkdir()
+    rows = [
+        f"../tree/val/{colour}/{i:03d}.png,{colour},unused"
+        for colour in ("red", "white")
+        for i in range(3)
+    ]
+    listed = tmp_path / "lists" / "field.csv"
+    listed.write_text("\n".join(["photo,species,label", *rows]) + "\n")
+    columns = ["data.columns.image=photo", "data.columns.label=species"]
+    there = [f"data.root={listed}", "data.source=manifest", *columns]
+    with pytest.raises(UserError, match=r"data\.allow_outside"):
+        evaluate_run(asked(*there))
+    found = evaluate_run(asked(*there, "data.allow_outside=true"))
+    assert {row["class"]: row["support"] for row in found["per_class"]} == {"red": 3, "white": 3}
+    assert found["samples"] == 6
+
+
+def test_a_plugins_source_may_be_evaluated_on(asked, tmp_path, monkeypatch):
+    tree = write_tree(tmp_path / "tree", seed=17)
+    (tmp_path / "only_white.py").write_text(
+        """
+from pathlib import Path
+
+from potstill import register
+from potstill.data.sources import Entry, Listing
+
+
+class Files:
+    def read(self, entry):
+        return Path(entry.place).read_bytes()
+
+
+@register("source", "only_white")
+def only_white(data):
+    paths = sorted(Path(data.root).glob("val/white/*.png"))
+    return Listing([Entry(p.name, ("white",), place=str(p)) for p in paths], Files(), data.root)
+"""
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    there = ["plugins=[only_white]", "data.source=only_white", f"data.root={tree}"]
+    found = evaluate_run(asked(*there))
+    assert [(row["class"], row["support"]) for row in found["per_class"]] == [("white", 4)]
+
+
+def test_each_checkpoint_is_read_through_once(asked, trained, monkeypatch):
+    """To be sure of it: its SHA-256 costs what reading it costs."""
+    read: list[Path] = []
+    real = runs.file_sha256
+    monkeypatch.setattr(runs, "file_sha256", lambda path: read.append(path) or real(path))
+    evaluate_run(asked())
+    weights = [path for path in read if path.name == "model.safetensors"]
+    assert weights
+    assert len(weights) == len(set(weights)) <= 2
+
+
 def test_where_split_folders_stand_none_is_made_up(asked, tmp_path):
     tree = write_tree(tmp_path / "tree", seed=5)
     (tree / "val").rename(tree / "test")
@@ -183,6 +241,34 @@ def test_a_multi_label_run_from_manifest_to_table(tiny_tree, cache_dir, tmp_path
     assert [row["class"] for row in other["per_class"]] == ["dark", "light", "red", "white"]
     assert [row["support"] for row in other["per_class"]] == [4, 4, 4, 4]
     assert other["thresholds"] == thresholds["thresholds"]
+
+
+def test_a_number_that_is_none_is_null_in_every_file(tiny_tree, cache_dir, tmp_path, ray_session):
+    """No AUC without both classes; strict readers know no NaN."""
+
+    def strict(path: Path) -> dict:
+        def refuse(word: str) -> None:
+            raise AssertionError(f"{path} holds {word}")
+
+        return json.loads(path.read_text(), parse_constant=refuse)
+
+    tree = write_tree(tmp_path / "tree", seed=3)
+    shutil.rmtree(tree / "val" / "white")
+    run_dir = own_run(
+        tree, cache_dir, tmp_path, "task=binary", "data.classes=[blue,white]", "task.metrics=[auc]",
+        "loop.batch_size=8",
+    )  # fmt: skip
+    assert strict(run_dir / "training_history.json")["val_auc"] == [None, None]
+    assert strict(run_dir / "summary.json")["best_metrics"]["val_auc"] is None
+    assert all(np.isnan(r["val_auc"]) for r in runs.read_journal(run_dir) if r["kind"] == "epoch")
+    for meta in run_dir.glob("checkpoints/*/meta.json"):
+        strict(meta)
+    places = [f"from_run={run_dir}", f"cache.dir={cache_dir}", f"output={tmp_path / 'out'}"]
+    found = evaluate_run(compose("evaluate", places))
+    assert np.isnan(found["metrics"]["auc"])
+    written = strict(tmp_path / "out" / "evaluation.json")
+    assert written["metrics"]["auc"] is None
+    assert written["metrics"]["loss"] == found["metrics"]["loss"]
 
 
 def test_a_metric_that_is_not_for_the_runs_kind_is_refused_at_once(asked):

@@ -80,6 +80,75 @@ def test_one_and_two_workers_tell_the_same_story(tiny, capsys):
     }
 
 
+def test_one_and_two_workers_tell_the_same_story_of_a_whole_recipe(tiny, tmp_path):
+    """Mixed pairs, class weights, images without labels and a teacher: 58 images in batches of 20."""
+    from PIL import Image
+
+    teacher = tiny("run.name=teacher", "loop.epochs=1")
+    fit(teacher)
+    more = tmp_path / "more"
+    more.mkdir()
+    rng = np.random.default_rng(3)
+    for i in range(10):
+        Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(more / f"{i}.png")
+    shared = [
+        "task=distil",
+        f"teacher.run={run_dir(teacher)}",
+        f"data.unlabeled={more}",
+        "task.terms.task.class_weights=[1.0,3.0,0.5,2.0]",
+        "task.terms.task.weight=0.5",
+        "augment.mixup=0.4",
+        "augment.cutmix=1.0",
+        "optimizer.name=sgd",
+        "optimizer.lr=0.05",
+        "loop.log_every_steps=1",
+    ]
+    alone = tiny(*shared, "run.name=alone")
+    pair = tiny(*shared, "run.name=pair", "scaling.num_workers=2", "scaling.cpus_per_worker=1")
+    for config in (alone, pair):
+        fit(config)
+    told = [runs.read_journal(run_dir(config)) for config in (alone, pair)]
+    assert [next(r["world_size"] for r in t if r["kind"] == "attempt") for t in told] == [1, 2]
+    one, two = ([r for r in t if r["kind"] == "epoch"] for t in told)
+    for a, b in zip(one, two, strict=True):
+        for key in ("train_loss", "val_loss"):
+            assert a[key] == pytest.approx(b[key], abs=1e-5), key
+        for name in ("task", "distil"):
+            found = [e["terms"][name]["loss"] for e in (a, b)]
+            assert found[0] == pytest.approx(found[1], abs=1e-5), name
+    steps = [[r["loss"] for r in t if r["kind"] == "step"] for t in told]
+    assert len(steps[0]) == 6
+    assert steps[0] == pytest.approx(steps[1], abs=1e-5)
+
+
+def test_sizes_that_a_model_or_its_teacher_does_not_take_are_told_before_training(tiny):
+    """A vision transformer takes images of its own size alone; these grow from 16 px to 32."""
+    grow = ("augment.image_px=32", "augment.start_px=16", "loop.epochs=3")
+    refused = r"augment\.start_px must lead to sizes .* got 16, where images have 16 px .*"
+    with pytest.raises(UserError, match=refused + "test_vit does not take them"):
+        fit(tiny(*grow, "run.name=student", "model.name=test_vit"))
+    teacher = tiny("run.name=elder", "loop.epochs=1", "model.name=test_vit", "augment.image_px=32")
+    fit(teacher)
+    learn = ("task=distil", f"teacher.run={run_dir(teacher)}", "model.name=test_resnet")
+    with pytest.raises(UserError, match=refused + "the teacher elder does not take them"):
+        fit(tiny(*grow, *learn, "run.name=pupil"))
+
+
+def test_every_size_that_images_grow_through_is_tried(tiny):
+    """16, 32 and 48 px, of which the first and the last would do."""
+    from potstill.assemble import _check_smaller_sizes
+
+    class Odd(torch.nn.Module):
+        def forward(self, batch):
+            assert batch["image"].shape[-1] != 32, "no even number of patches"
+
+    config = tiny("augment.image_px=64", "augment.start_px=16", "loop.epochs=4")
+    model = Odd()
+    with pytest.raises(UserError, match="images have 32 px in some epoch: odd does not take them"):
+        _check_smaller_sizes(config, model, "odd")
+    assert model.training
+
+
 def aim_values(repo: Path, run_hash: str) -> dict[tuple[str, str], list[float]]:
     """What Aim's own query says of a run's epochs."""
     from aim import Repo

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,8 @@ def run(
     attempt=None,
     device=CPU,
     augment=None,
+    val_batches=None,
+    metrics=(),
     **loop,
 ):
     cfg = Loop(
@@ -145,12 +148,13 @@ def run(
         opt,
         rate,
         batches,
-        Batches(Colours(30, seed=1), 16, seed=0, shuffle=False),
+        val_batches or (lambda size: Batches(Colours(30, seed=1), size, seed=0, shuffle=False)),
         augment or Augment(AugmentConfig(flip=0.5, crop_scale=[0.7, 1.0]), 8, cfg.seed),
         cfg,
         session,
         device,
         CLASSES,
+        metrics,
         attempt=attempt or 1 + runs.last_attempt(run_dir),
     ).run()
     return task, progress
@@ -517,6 +521,79 @@ def test_validation_averages_the_views(tmp_path):
     assert two["val_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
+@pytest.mark.parametrize("parts", [{}, {"micro_batch_size": 4}, {"accumulate": 4}])
+def test_validation_takes_twice_a_forward_pass(tmp_path, parts):
+    seen = []
+
+    class Looking(Net):
+        def forward(self, batch):
+            seen.append((self.training, len(batch["image"])))
+            return super().forward(batch)
+
+    run(tmp_path / "r", net=Looking(), epochs=1, **parts)
+    assert [n for train, n in seen if not train] == ([8, 8, 8, 6] if parts else [30])
+
+
+def test_views_are_seen_and_let_go_one_after_another(tmp_path):
+    seen, alive = [], []
+
+    class Looking(Net):
+        def forward(self, batch):
+            if not self.training:
+                seen.append(weakref.ref(batch["image"]))
+                alive.append(sum(view() is not None for view in seen))
+            return super().forward(batch)
+
+    run(tmp_path / "r", net=Looking(), augment=augment_of(tta="ten_crop"), epochs=1)
+    assert len(seen) == 10
+    assert max(alive) <= 2, "a view, and the one that it mirrors"
+
+
+@pytest.mark.parametrize("die_at", [5, 8])
+def test_a_recipe_that_died_within_an_epoch_ends_with_the_same_bits(tmp_path, die_at):
+    """Epochs of 6 updates over passes of 4: what was drawn, seen and mixed is told by the position alone."""
+    options = {"checkpoint_every_steps": 1, "steps_per_epoch": 6, "sampler": "class_balanced"}
+
+    def go(folder: Path, session=None) -> None:
+        recipe = augment_of(crop_scale=[0.7, 1.0], mixup=0.4, cutmix=1.0, erasing=0.5)
+        run(folder, session=session, net=_seeded(dropout=0.3), augment=recipe, **options)
+
+    go(tmp_path / "whole")
+    broken = tmp_path / "broken"
+    with pytest.raises(KeyboardInterrupt):
+        go(broken, LocalSession(broken, die_at=die_at))
+    go(broken)
+    assert records(broken, "attempt")[1]["resumed_from"] == f"step-{die_at - 1:08d}"
+    assert same(weights(tmp_path / "whole"), weights(broken))
+    told = [[r["train_loss"] for r in records(tmp_path / d, "epoch")] for d in ("whole", "broken")]
+    assert told[0] == pytest.approx(told[1], rel=1e-12)
+
+
+def test_an_undefined_monitor_is_named_and_any_number_is_better(tmp_path):
+    """Validation of one class has no AUC: in the first, second and last of five epochs."""
+    blue = Colours(30, seed=1)
+    blue.labels = np.zeros_like(blue.labels)
+    due = iter([blue, blue, Colours(30, seed=1), Colours(30, seed=1), blue])
+    _, progress = run(
+        tmp_path / "r",
+        val_batches=lambda size: Batches(next(due), size, seed=0, shuffle=False),
+        metrics=["auc"],
+        monitor="val_auc",
+        epochs=5,
+        net=_seeded(norm=False),
+        optimizer=Optimizer(lr=1e-12, weight_decay=0),
+        schedule=Schedule("plateau", factor=0.5, patience=0),
+    )
+    epochs = records(tmp_path / "r", "epoch")
+    assert [e["best"] for e in epochs] == [True, False, True, False, False]
+    named = ["monitor_undefined" in [w["name"] for w in e["warnings"]] for e in epochs]
+    assert named == [True, True, False, False, True]
+    assert [e["lr"] for e in epochs] == [1e-12] * 4 + [5e-13], "the plateau waits for numbers alone"
+    assert progress.best is not None
+    assert progress.best["epoch"] == 3
+    assert progress.best["value"] == epochs[2]["val_auc"]
+
+
 def test_auto_takes_what_memory_holds_and_keeps_to_it(tmp_path, monkeypatch):
     from potstill import memory
 
@@ -531,37 +608,22 @@ def test_auto_takes_what_memory_holds_and_keeps_to_it(tmp_path, monkeypatch):
     )
     run(tmp_path / "seen", net=_seeded(), micro_batch_size="auto", epochs=1)
     of_two, of_four = dict(needed)[2], dict(needed)[4]
-    room_for_ten = of_two + 8 * (of_four - of_two) / 2
-    monkeypatch.setattr(memory, "free_bytes", lambda: 2 * room_for_ten / memory.MARGIN)
-    run(tmp_path / "tight", net=_seeded(), micro_batch_size="auto", epochs=1)
-    chosen = records(tmp_path / "tight", "attempt")[0]["micro_batch_size"]
-    assert chosen == 8, "the half of 16 is the largest part below ten"
+    for_sixteen = 2 * (of_two + 14 * (of_four - of_two) / 2)
+    of_adam = 2 * sum(p.nbytes for p in Net().parameters())
+    for room, chosen in ((for_sixteen + of_adam + 1, 16), (for_sixteen + of_adam - 1, 8)):
+        folder = tmp_path / f"room for {chosen}"
+        monkeypatch.setattr(memory, "free_bytes", lambda room=room: room / memory.MARGIN)
+        seen = []
+        net = _seeded()
+        net.register_forward_hook(
+            lambda net, inputs, _, seen=seen: net.training or seen.append(len(inputs[0]["image"]))
+        )
+        run(folder, net=net, micro_batch_size="auto", epochs=1)
+        assert records(folder, "attempt")[0]["micro_batch_size"] == chosen
+        assert seen == ([30] if chosen == 16 else [16, 14]), "validation holds to it, too"
     monkeypatch.undo()
-    run(tmp_path / "tight", net=_seeded(), micro_batch_size="auto", epochs=2)
-    assert records(tmp_path / "tight", "attempt")[1]["micro_batch_size"] == chosen
+    run(tmp_path / "room for 8", net=_seeded(), micro_batch_size="auto", epochs=2)
+    assert records(tmp_path / "room for 8", "attempt")[1]["micro_batch_size"] == 8
     monkeypatch.setattr(memory, "free_bytes", lambda: 1000)
     with pytest.raises(UserError, match="micro_batch_size=auto found no room for two samples"):
         run(tmp_path / "none", net=_seeded(), micro_batch_size="auto")
-
-
-def test_a_device_that_runs_out_of_memory_gets_less(monkeypatch):
-    """What a GPU does, with its failure faked."""
-    from potstill.memory import largest_that_fits
-
-    tried = []
-
-    def attempt(n):
-        tried.append(n)
-        if n > 20:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    for name, value in {
-        "empty_cache": None,
-        "mem_get_info": (1000, 1000),
-        "memory_reserved": 0,
-        "max_memory_allocated": 10,
-        "reset_peak_memory_stats": None,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    assert largest_that_fits(attempt, 100, torch.device("cuda")) == 12
-    assert tried == [100, 50, 24, 12]

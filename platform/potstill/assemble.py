@@ -122,7 +122,7 @@ class Predictor:
         """uint8 [B, 3, H, W] on any device -> float [B, K] (binary: [B, 1]): the mean of all views."""
         views = self.augment.eval_views(images.to(self.device, non_blocking=True))
         with self.autocast():
-            return over_views(self.model, views, self.kind)
+            return over_views(self.model, {}, views, self.kind)
 
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [B, 3, H, W] -> float [B, K]; of a binary task both classes' [B, 2]."""
@@ -292,7 +292,8 @@ def _batches(
         steps_per_epoch=config.loop.steps_per_epoch,
         **shared,
     )
-    return training, lambda size: Batches(cache.split("val"), size, shuffle=False, **shared)
+    val = cache.split("val")
+    return training, lambda size: Batches(val, size, shuffle=False, **shared)
 
 
 def _counts(cache: Cache) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from potstill import console, report, runs
+from potstill import console, metric_names, report, runs
 from potstill.config import (
     Config,
     config_hash,
@@ -535,9 +535,14 @@ def _warnings(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 def _say_summary(summary: dict[str, Any], run_dir: Path) -> None:
     if best := summary["best_metrics"]:
+        chosen = "".join(
+            f", {metric_names.title(key)} {metric_names.shown(key, best[key])}"
+            for key in metric_names.further(best)
+            if best[key] is not None
+        )
         console.say(
             f"{summary['name']}: {summary['status'].replace('_', ' ')} after {summary['epochs']} epochs, "
-            f"best val top-1 {best['val_top1_acc']:.2f}%, macro-F1 {best['val_macro_f1']:.2f}%, loss {best['val_loss']:.4f}; "
+            f"best val top-1 {best['val_top1_acc']:.2f}%, macro-F1 {best['val_macro_f1']:.2f}%{chosen}, loss {best['val_loss']:.4f}; "
             f"{summary['parameters']:,} parameters, {summary['model_file_mb']:.1f} MB"
         )
     console.say(f"Run: {run_dir}  (report.html, plots/, training_history.json)")

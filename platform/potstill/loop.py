@@ -29,7 +29,7 @@ from potstill.config import Loop
 from potstill.data.augment import Augment
 from potstill.data.batches import Batches, micro_batches
 from potstill.errors import Stopped, UserError
-from potstill.memory import largest_that_fits
+from potstill.memory import largest_that_fits, workers_here
 from potstill.metric_names import higher_is_better
 from potstill.metrics import Meter, evaluate, over_views, top_k
 from potstill.optim import LearningRate
@@ -105,7 +105,7 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
 class Training:
     """Trains `task` for `cfg.epochs`, or goes on from the session's newest checkpoint: see `run`.
 
-    `val_batches`: makes validation's batches of so many samples; how many, is known when `micro_batch_size` is.
+    `val_batches`: makes validation's batches of so many samples; `micro_batch_size` says how many.
     `metrics`: what validation measures besides the usual, by name. `threshold`: how the thresholds of a
     binary or multi-label task are chosen on validation. `standing`: warnings about the data, said at once
     and in every epoch's record.
@@ -296,7 +296,7 @@ class Training:
         trained = [p for p in self.task.parameters() if p.requires_grad]
         # two numbers of Adam's for each weight, and between workers a copy of the gradients
         to_come = sum(p.nbytes for p in trained) * (2 + (world > 1))
-        here = min(int(os.environ.get("LOCAL_WORLD_SIZE", world)), world)
+        here = workers_here(world)
         size = largest_that_fits(self._try_update, share, self.device, to_come, here)
         if world > 1:
             least = torch.tensor(size, device=self.device)
@@ -412,7 +412,7 @@ class Training:
 
     def _predict(self, batch: dict[str, Tensor]) -> Tensor:
         views = self.augment.eval_views(batch["image"])
-        return over_views(self.task.model, views, self.task.kind, **batch)
+        return over_views(self.task.model, batch, views, self.task.kind)
 
     def _val_batches(self) -> Iterator[tuple[dict[str, Tensor], bool]]:
         for batch in self.val_batches(self._val_batch_size()).epoch(0):

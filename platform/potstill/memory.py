@@ -64,6 +64,11 @@ def _fits(
     return not failed
 
 
+def workers_here(world_size: int) -> int:
+    """How many of a run's workers are on this machine: as Ray says it, else all of them."""
+    return min(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), world_size)
+
+
 def saved_bytes(attempt: Callable[[int], None], size: int) -> int:
     """What a forward pass keeps for the backward pass, in bytes; each storage counts once."""
     storages: dict[int, int] = {}

@@ -226,12 +226,14 @@ def mean_of_views(views: Sequence[Tensor], kind: str) -> Tensor:
     return yes_BK - no_BK
 
 
-def over_views(model: Callable[..., Any], views: Iterable[Tensor], kind: str, **columns: Any) -> Tensor:
-    """What a model says of several views [B,3,h,w] of the same images, one after another: see `mean_of_views`.
-
-    `columns`: what the batch holds besides `image`.
-    """
-    said = [model({**columns, "image": view})["logits"].float() for view in views]
+def over_views(
+    model: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    batch: dict[str, Tensor],
+    views: Iterable[Tensor],
+    kind: str,
+) -> Tensor:
+    """Logits [B,K] of a batch by several views [B,3,h,w] of its images, one after another: see `mean_of_views`."""
+    said = [model({**batch, "image": view})["logits"].float() for view in views]
     return mean_of_views(said, kind)
 
 

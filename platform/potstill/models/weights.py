@@ -250,9 +250,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 # --------------------------------------------------------------------------------------------- runs
-def load_run_state(
-    model: nn.Module, run_dir: Path, which: str | runs.Checkpoint = "best"
-) -> None:
+def load_run_state(model: nn.Module, run_dir: Path, which: str | runs.Checkpoint = "best") -> None:
     """Load a run's checkpoint into a model built from its config, to the last tensor. `which`: best | last, or one
     that was picked already.
 
