@@ -8,6 +8,7 @@ import math
 import pytest
 from PIL import Image
 
+from potstill import runs
 from potstill.compare import comparison, paired_interval
 
 
@@ -51,6 +52,17 @@ def test_verdicts(tmp_path, alone, distilled, metric, verdict):
         verdict in ("no interval with one seed", "not comparable")
     )
     assert (tmp_path / "comparison.png").exists()
+
+
+def test_a_summary_may_come_from_its_file(tmp_path):
+    """There, what is not a number is null."""
+    runs.write_json(tmp_path / "summary.json", summaries(math.nan)[0])
+    again = runs.read_json(tmp_path / "summary.json")
+    assert again["best_metrics"]["val_top1_acc"] is None
+    result = comparison(tmp_path, again, [again], summaries(92))
+    assert result["verdict"] == "not comparable"
+    written = json.loads((tmp_path / "comparison.json").read_text())
+    assert written["alone"]["values"] == [None]
 
 
 def test_students_must_come_in_pairs(tmp_path):

@@ -6,6 +6,7 @@ it is the way from the key to the training. A knob that is added to the schema m
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import pytest
 import torch
 
 from potstill import config as config_module
-from potstill import runs
 from potstill.assemble import train_run
+from potstill.data import batches
 from potstill.data.prepare import prepare
 from potstill.loop import Snapshot
+from potstill.task import Task
 
 STEPS = 3  # 48 training images, 20 a batch
 
@@ -31,6 +33,18 @@ class Outcome:
     attempt: dict[str, Any]
     weights: dict[str, torch.Tensor]
     epochs: list[dict[str, Any]]
+    forwards: int
+    """Forward passes of the training."""
+    window_rows: int
+    checkpointed: bool
+    compiled: bool
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether the kernels lie so; one of 1 x 1 or of one channel lies both ways."""
+        kernels = [w for w in self.weights.values() if w.ndim == 4 and min(w.shape[1:]) > 1]
+        assert kernels
+        return all(w.is_contiguous(memory_format=torch.channels_last) for w in kernels)
 
 
 class Memory:
@@ -71,7 +85,19 @@ def outcome(tiny_tree, cache_dir, ray_session, tmp_path_factory):
         config = config_module.compose("train", [*base, "loop.log_every_steps=1", *overrides])
         found = prepare(config.data, config.cache).cache_dir
         session = Memory()
-        train_run(config, found, session, torch.device("cpu"), 1, [])
+        passes: list[Task] = []
+        windows: list[int] = []
+        forward, order = Task.forward, batches.epoch_order
+
+        def ordered(shard_rows, seed, epoch, window_rows, counts=None):
+            windows.append(window_rows)
+            return order(shard_rows, seed, epoch, window_rows, counts)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Task, "forward", lambda task, b: passes.append(task) or forward(task, b))
+            patch.setattr(batches, "epoch_order", ordered)
+            train_run(config, found, session, torch.device("cpu"), 1, [])
+        model = passes[0].model
         of = {k: [r for r in session.records if r["kind"] == k] for k in ("step", "epoch")}
         known[overrides] = Outcome(
             rates=[r["lr"] for r in of["step"]],
@@ -81,6 +107,10 @@ def outcome(tiny_tree, cache_dir, ray_session, tmp_path_factory):
             attempt=next(r for r in session.records if r["kind"] == "attempt"),
             weights=session.weights,
             epochs=of["epoch"],
+            forwards=len(passes),
+            window_rows=windows[0],
+            checkpointed=any(getattr(m, "grad_checkpointing", False) for m in model.modules()),
+            compiled=getattr(model, "_compiled_call_impl", None) is not None,
         )
         return known[overrides]
 
@@ -174,22 +204,40 @@ NOTHING = {  # how it is computed, not what: the numbers stay
     "loop.channels_last": "loop.channels_last=false",
     "model.grad_checkpointing": "model.grad_checkpointing=true",
     "loop.log_every_steps": "loop.log_every_steps=2",
+    "data.shuffle_window_gb": "data.shuffle_window_gb=1e-4",
 }
-# tested by themselves, where a run of three updates cannot show them
+ARRIVED = {  # and that the key got there: what one sees of it, in the plain run and in the turned one
+    "loop.micro_batch_size": (lambda o: o.forwards, 6, 2 * (4 + 4 + 2)),  # 20, 20 and 8 by 6
+    "loop.accumulate": (lambda o: o.forwards, 6, 2 * 3 * 4),
+    "loop.channels_last": (lambda o: o.channels_last, True, False),
+    "model.grad_checkpointing": (lambda o: o.checkpointed, False, True),
+    # after 2, 3 (the epoch's last), 4 and 6
+    "loop.log_every_steps": (lambda o: len(o.rates), 6, 4),
+    # in rows of 32 x 32 pixels; there is but one shard here, so that the order stays
+    "data.shuffle_window_gb": (lambda o: o.window_rows, 2_000_000_000 // 3072, 100_000 // 3072),
+}
+# tested by themselves, where a run of three updates cannot show them: `file: function`, one or several
 ELSEWHERE = {
-    "augment.views": "test_batches: columns_belong_together; test_augment: views",
-    "loop.compile": "test_compile_gives_the_same_numbers, below",
-    "loop.patience": "test_loop: early_stopping_and_its_absence",
-    "loop.monitor": "test_the_monitor_decides_what_is_best, below",
-    "loop.checkpoint_every_steps": "test_loop: a_run_that_died_ends_with_the_weights_of_one_that_did_not",
-    "model._target_": "test_docs: the_python_page_runs",
-    "model.pretrained": "test_models",
-    "model.init_from": "test_weights, test_fit",
-    "task.kind": "test_metrics, test_fit",
-    "task.metrics": "test_the_monitor_decides_what_is_best, below",
-    "task.threshold": "test_metrics",
-    "task.terms.<term>.inputs": "test_task",
-    "task.terms.<term>.temperature": "test_losses",
+    "augment.views": "test_batches: test_columns_belong_together; "
+    "test_augment: test_views_limits_how_many_images_there_are",
+    "loop.compile": "test_knobs: test_compile_gives_the_same_numbers",
+    "loop.patience": "test_loop: test_early_stopping_and_its_absence",
+    "loop.monitor": "test_knobs: test_the_monitor_decides_what_is_best",
+    "loop.checkpoint_every_steps": "test_loop: "
+    "test_a_run_that_died_ends_with_the_weights_of_one_that_did_not",
+    "model._target_": "test_docs: test_the_python_page_runs",
+    "model.pretrained": "test_models: test_weights_out_of_reach_name_the_remedy",
+    "model.init_from": "test_fit: "
+    "test_init_from_takes_over_classes_by_name_and_seen_images_are_named",
+    "scaling.sync_batchnorm": "test_config: test_batchnorm_over_workers_needs_whole_updates",
+    "task.kind": "test_evaluation: test_a_multi_label_run_from_manifest_to_table; "
+    "test_evaluation: test_a_binary_run_is_measured_at_the_threshold_of_its_validation",
+    "task.metrics": "test_knobs: test_the_monitor_decides_what_is_best",
+    "task.threshold": "test_evaluation: "
+    "test_a_binary_run_is_measured_at_the_threshold_of_its_validation",
+    "task.terms.<term>.inputs": "test_task: test_rows_without_a_label_teach_by_the_teacher_alone",
+    "task.terms.<term>.temperature": "test_knobs: test_the_teachers_temperature",
+    "teacher.temperature": "test_knobs: test_the_teachers_temperature",
 }
 
 
@@ -236,6 +284,8 @@ def test_how_it_is_computed_changes_no_number(outcome, knob):
     changed, plain = (outcome(*o) for o in turned(knob, NOTHING))
     assert changed.train_loss == pytest.approx(plain.train_loss, abs=1e-4)
     assert changed.val_loss == pytest.approx(plain.val_loss, abs=1e-4)
+    seen, before, after = ARRIVED[knob]
+    assert (seen(plain), seen(changed)) == (before, after)
 
 
 def test_the_monitor_decides_what_is_best(outcome):
@@ -248,10 +298,22 @@ def test_the_monitor_decides_what_is_best(outcome):
     assert recall.best == [i == 0 or v > max(values[:i]) for i, v in enumerate(values)]
 
 
+def test_the_teachers_temperature(outcome, tiny):
+    from potstill.fit import fit
+
+    config = tiny("run.name=teacher")
+    fit(config)
+    distil = ("task=distil", f"teacher.run={Path(config.runs.dir) / 'teacher'}")
+    changed, plain = outcome(*distil, "teacher.temperature=1.5"), outcome(*distil)
+    assert changed.rates == plain.rates
+    assert changed.val_loss != pytest.approx(plain.val_loss, rel=1e-6)
+
+
 @pytest.mark.slow
 def test_compile_gives_the_same_numbers(outcome):
     """The compiler takes most of a minute, hence slow."""
     compiled, plain = outcome("loop.compile=true"), outcome()
+    assert (plain.compiled, compiled.compiled) == (False, True)
     assert compiled.train_loss == pytest.approx(plain.train_loss, rel=1e-3)
     assert compiled.val_loss == pytest.approx(plain.val_loss, rel=1e-3)
 
@@ -261,17 +323,15 @@ def test_every_knob_is_turned_here():
     turned_once = {knob for table in tables for knob in table}
     schema = config_module._documented(config_module.Config(), "train")
     groups = ("augment.", "optimizer.", "schedule.", "loop.", "model.", "task.")
+    groups += ("teacher.temperature", "data.shuffle_window_gb", "scaling.sync_batchnorm")
     wanted = {key for key, _, _ in schema if key.startswith(groups)}
     assert turned_once == wanted
+    assert set(ARRIVED) == set(NOTHING)
+
+
+def test_what_is_tested_elsewhere_is_tested_there():
     for where in ELSEWHERE.values():
-        for name in (part.split(":")[0].strip() for part in where.split(";")):
-            if name.startswith("test_") and not name.endswith("below"):
-                for file in name.split(", "):
-                    if not file.endswith("below"):
-                        assert (Path(__file__).parent / f"{file}.py").exists(), file
-
-
-def test_the_runs_folder_is_not_touched(outcome):
-    """These runs live in memory: whoever compares them need not look at files."""
-    assert outcome().epochs[-1]["epoch"] == 2
-    assert runs.is_run(Path("knobs")) is False
+        for file, _, function in (part.partition(": ") for part in where.split("; ")):
+            tree = ast.parse((Path(__file__).parent / f"{file}.py").read_text())
+            there = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+            assert function in there, f"{file}: {function}"

@@ -521,17 +521,24 @@ def test_validation_averages_the_views(tmp_path):
     assert two["val_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
+class Validated(Net):
+    """Keeps the sizes of the batches that it was measured on."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.sizes: list[int] = []
+
+    def forward(self, batch):
+        if not self.training:
+            self.sizes.append(len(batch["image"]))
+        return super().forward(batch)
+
+
 @pytest.mark.parametrize("parts", [{}, {"micro_batch_size": 4}, {"accumulate": 4}])
 def test_validation_takes_twice_a_forward_pass(tmp_path, parts):
-    seen = []
-
-    class Looking(Net):
-        def forward(self, batch):
-            seen.append((self.training, len(batch["image"])))
-            return super().forward(batch)
-
-    run(tmp_path / "r", net=Looking(), epochs=1, **parts)
-    assert [n for train, n in seen if not train] == ([8, 8, 8, 6] if parts else [30])
+    net = Validated()
+    run(tmp_path / "r", net=net, epochs=1, **parts)
+    assert net.sizes == ([8, 8, 8, 6] if parts else [30])
 
 
 def test_views_are_seen_and_let_go_one_after_another(tmp_path):
@@ -613,14 +620,10 @@ def test_auto_takes_what_memory_holds_and_keeps_to_it(tmp_path, monkeypatch):
     for room, chosen in ((for_sixteen + of_adam + 1, 16), (for_sixteen + of_adam - 1, 8)):
         folder = tmp_path / f"room for {chosen}"
         monkeypatch.setattr(memory, "free_bytes", lambda room=room: room / memory.MARGIN)
-        seen = []
-        net = _seeded()
-        net.register_forward_hook(
-            lambda net, inputs, _, seen=seen: net.training or seen.append(len(inputs[0]["image"]))
-        )
+        net = Validated()
         run(folder, net=net, micro_batch_size="auto", epochs=1)
         assert records(folder, "attempt")[0]["micro_batch_size"] == chosen
-        assert seen == ([30] if chosen == 16 else [16, 14]), "validation holds to it, too"
+        assert net.sizes == ([30] if chosen == 16 else [16, 14]), "validation holds to it, too"
     monkeypatch.undo()
     run(tmp_path / "room for 8", net=_seeded(), micro_batch_size="auto", epochs=2)
     assert records(tmp_path / "room for 8", "attempt")[1]["micro_batch_size"] == 8
