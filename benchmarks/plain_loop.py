@@ -126,7 +126,7 @@ def ours(config: Config, weights: Path | None) -> Callable[[], None]:
         optimizer,
         LearningRate(optimizer, config.schedule, batches.steps, EPOCHS, True),
         batches,
-        batches,
+        lambda size: batches,
         Augment(config.augment, config.data.decode.image_px, 0),
         config.loop,
         _Quiet(),
