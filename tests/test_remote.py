@@ -230,7 +230,8 @@ def test_places():
 def test_a_uri_stays_as_it_is_in_a_run(tiny, s3, monkeypatch, tmp_path):
     from potstill.fit import _resolve_paths
 
-    config = tiny(f"data.root={s3.uri('colours')}", "data.unlabeled=more")
+    learns = ("task=distil", "teacher.run=teacher", "data.unlabeled=more")
+    config = tiny(f"data.root={s3.uri('colours')}", *learns)
     before = config_hash(config)
     monkeypatch.chdir(tmp_path)
     _resolve_paths(config)
