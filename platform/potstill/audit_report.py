@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from potstill.data.audit import Duplicates, Finding, Images
     from potstill.data.cache import Cache
+    from potstill.data.prepare import Prepared
     from potstill.data.sources import Rows
 
 MOST_MAPS = 5
@@ -40,14 +41,21 @@ def audit_dataset(config: AuditConfig) -> dict[str, Any]:
     """
     load_plugins(config.plugins)
     _check(config)
+    from potstill.data.prepare import prepared
+
+    features_of = _features(config) if {"labels", "splits"} & set(config.checks) else None
+    with prepared(config.data, config.cache, "an audit") as found:
+        return _look_over(config, found, features_of)
+
+
+def _look_over(
+    config: AuditConfig, prepared: Prepared, features_of: Features | None
+) -> dict[str, Any]:
     from potstill.data import audit
     from potstill.data.cache import open_cache
-    from potstill.data.prepare import prepare_shown
     from potstill.data.sources import list_rows
 
     began = time.monotonic()
-    features_of = _features(config) if {"labels", "splits"} & set(config.checks) else None
-    prepared = prepare_shown(config.data, config.cache)
     cache = open_cache(prepared.cache_dir, config.cache.verify)
     with console.progress("Measuring images", sum(cache.counts.values())) as update:
         images = audit.measure(cache, update)
