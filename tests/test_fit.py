@@ -80,6 +80,7 @@ def test_one_and_two_workers_tell_the_same_story(tiny, capsys):
     }
 
 
+@pytest.mark.slow
 def test_one_and_two_workers_tell_the_same_story_of_a_whole_recipe(tiny, tmp_path):
     """Mixed pairs, class weights, images without labels and a teacher: 58 images in batches of 20."""
     from PIL import Image
