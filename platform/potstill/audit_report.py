@@ -43,19 +43,19 @@ def audit_dataset(config: AuditConfig) -> dict[str, Any]:
     _check(config)
     from potstill.data.prepare import prepared
 
+    began = time.monotonic()
     features_of = _features(config) if {"labels", "splits"} & set(config.checks) else None
     with prepared(config.data, config.cache, "an audit") as found:
-        return _look_over(config, found, features_of)
+        return _look_over(config, found, features_of, began)
 
 
 def _look_over(
-    config: AuditConfig, prepared: Prepared, features_of: Features | None
+    config: AuditConfig, prepared: Prepared, features_of: Features | None, began: float
 ) -> dict[str, Any]:
     from potstill.data import audit
     from potstill.data.cache import open_cache
     from potstill.data.sources import list_rows
 
-    began = time.monotonic()
     cache = open_cache(prepared.cache_dir, config.cache.verify)
     with console.progress("Measuring images", sum(cache.counts.values())) as update:
         images = audit.measure(cache, update)
