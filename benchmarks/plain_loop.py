@@ -33,7 +33,7 @@ from potstill.data.augment import Augment
 from potstill.data.batches import Batches
 from potstill.data.cache import open_cache
 from potstill.data.prepare import prepare
-from potstill.loop import Training
+from potstill.loop import Stage, Training
 from potstill.models.weights import init_from
 from potstill.optim import LearningRate, build_optimizer
 from potstill.task import Task, build_terms
@@ -120,14 +120,15 @@ def ours(config: Config, weights: Path | None) -> Callable[[], None]:
         model, set(model.head_parameter_names()), config.optimizer, torch.device("cpu")
     )
     batches = Batches(cache.split("train"), BATCH, seed=0, shuffle=True)
+    rate = LearningRate(optimizer, config.schedule, batches.steps, EPOCHS, True)
+    task = Task(model, build_terms(config.task["terms"]))
+    augment = Augment(config.augment, config.data.decode.image_px, 0)
     training = Training(
-        Task(model, build_terms(config.task["terms"])),
+        task,
         [],
-        optimizer,
-        LearningRate(optimizer, config.schedule, batches.steps, EPOCHS, True),
+        [Stage(EPOCHS, task.terms, augment, lambda: (optimizer, rate))],
         batches,
         lambda size: batches,
-        Augment(config.augment, config.data.decode.image_px, 0),
         config.loop,
         _Quiet(),
         torch.device("cpu"),

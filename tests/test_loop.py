@@ -17,7 +17,7 @@ from potstill.config import Loop, Optimizer, Schedule
 from potstill.data.augment import Augment
 from potstill.data.batches import Batches
 from potstill.errors import Stopped, UserError
-from potstill.loop import LossNotFinite, Training
+from potstill.loop import LossNotFinite, Stage, Training
 from potstill.optim import LearningRate, build_optimizer
 from potstill.task import Task, Teacher, build_terms
 
@@ -114,6 +114,7 @@ def run(
     augment=None,
     val_batches=None,
     metrics=(),
+    stages=None,
     **loop,
 ):
     cfg = Loop(
@@ -136,20 +137,23 @@ def run(
         sampler=cfg.sampler,
         steps_per_epoch=cfg.steps_per_epoch,
     )
-    opt = build_optimizer(
-        task.model, {"fc.weight", "fc.bias"}, optimizer or Optimizer(lr=0.02), device
-    )
-    rate = LearningRate(
-        opt, schedule or Schedule(), batches.steps, cfg.epochs, cfg.monitor != "val_loss"
-    )
+
+    def begin():
+        further = list(task.projections.parameters())
+        opt = build_optimizer(
+            task.model, {"fc.weight", "fc.bias"}, optimizer or Optimizer(lr=0.02), device, further
+        )
+        rising = cfg.monitor != "val_loss"
+        return opt, LearningRate(opt, schedule or Schedule(), batches.steps, cfg.epochs, rising)
+
+    augment = augment or Augment(AugmentConfig(flip=0.5, crop_scale=[0.7, 1.0]), 8, cfg.seed)
+    one = Stage(cfg.epochs, task.terms, augment, begin, cfg.patience)
     progress = Training(
         task,
         teachers,
-        opt,
-        rate,
+        stages(task, begin, augment) if stages else [one],
         batches,
         val_batches or (lambda size: Batches(Colours(30, seed=1), size, seed=0, shuffle=False)),
-        augment or Augment(AugmentConfig(flip=0.5, crop_scale=[0.7, 1.0]), 8, cfg.seed),
         cfg,
         session,
         device,

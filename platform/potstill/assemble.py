@@ -5,30 +5,50 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from timm.layers.norm_act import convert_sync_batchnorm
-from torch import nn
+from torch import Tensor, nn
 
 from potstill import runs
-from potstill.config import Config, build, load_run_config
+from potstill.config import (
+    Config,
+    build,
+    load_run_config,
+    stage_configs,
+    teacher_inputs,
+    teacher_specs,
+)
 from potstill.data.augment import Augment, progressive_px
 from potstill.data.batches import Batches
 from potstill.data.cache import Cache, open_cache
+from potstill.distil_losses import patch_mse
 from potstill.errors import UserError
-from potstill.loop import Progress, Session, Training, autocast_of
+from potstill.loop import Progress, Session, Stage, Training, autocast_of
 from potstill.metric_names import higher_is_better
 from potstill.metrics import over_views
 from potstill.models.images import TimmModel, freeze
-from potstill.models.weights import head_of, init_from, load_run_state
+from potstill.models.published import weights_file
+from potstill.models.weights import head_of, init_from, load_file_state, load_run_state
 from potstill.optim import LearningRate, build_optimizer
 from potstill.predictions import read_thresholds
 from potstill.registry import load_plugins
-from potstill.task import Task, Teacher, build_terms, match_classes
+from potstill.soft_labels import SoftLabels
+from potstill.task import (
+    Batch,
+    Ensemble,
+    Task,
+    Teacher,
+    Term,
+    build_projections,
+    build_terms,
+    match_classes,
+    refuse_gaps,
+)
 from potstill.watch import check_labels
 
 
@@ -64,28 +84,77 @@ def load_model(
     return model, classes, config
 
 
-def load_teacher(
-    run_dir: Path, name: str, classes: Sequence[str], px: int, kind: str = "single_label"
-) -> Teacher:
-    """A run as a frozen teacher for these classes and images of px x px.
+def build_teachers(
+    config: Config, classes: Sequence[str], device: torch.device
+) -> list[Teacher | Ensemble]:
+    """What adds the teacher's columns to a batch: nothing, one teacher, or the ensemble of several.
 
-    Raises UserError unless it knows the same classes, does the same kind of task, and takes images of this size.
+    Raises UserError unless they do the same kind of task, take images of this size, and know these classes.
     """
-    model, known, config = load_model(run_dir)
-    if task_kind(config) != kind:
-        raise UserError(
-            f"teacher.run must do the student's kind of task ({kind}), got {run_dir.name}, which does {task_kind(config)}"
+    kind, wanted = task_kind(config), teacher_inputs(config)
+    specs = teacher_specs(config)
+    teachers = {
+        name: _load_teacher(name, spec, config, classes, kind, wanted.get(name, ["logits"]))
+        for name, spec in specs.items()
+    }
+    layout = torch.channels_last if config.loop.channels_last else torch.contiguous_format
+    if not config.teachers:
+        return [t.to(device=device, memory_format=layout) for t in teachers.values()]  # type: ignore[call-overload]
+    for teacher in teachers.values():
+        teacher.outputs = None
+    refuse_gaps({name: t.order.tolist() for name, t in teachers.items()}, classes, kind)
+    shares = [spec["weight"] for spec in specs.values()]
+    ensemble = Ensemble(list(teachers.values()), shares, kind)
+    return [ensemble.to(device=device, memory_format=layout)]  # type: ignore[call-overload]
+
+
+def _load_teacher(
+    name: str,
+    spec: dict[str, Any],
+    config: Config,
+    classes: Sequence[str],
+    kind: str,
+    outputs: Sequence[str],
+) -> Teacher:
+    """A run, or a file of weights, as a frozen teacher."""
+    key = "teacher" if name == "teacher" else f"teachers.{name}"
+    px = image_px(config)
+    if spec["weights"]:
+        file = weights_file(
+            spec["weights"], spec["weights_dir"], spec["model"]["_target_"], f"{key}.weights"
         )
-    order = match_classes(known, classes, str(run_dir))
-    teacher = Teacher(model, name, [0] if kind == "binary" else order)
+        said, own_px = file.name, px
+        order = list(range(len(outputs_of(config, classes))))
+        model = build("model", spec["model"], num_classes=len(order), image_px=px)
+        load_file_state(model, file, f"{key}.weights")
+    else:
+        run_dir = Path(spec["run"])
+        model, known, theirs = load_model(run_dir)
+        said, own_px = run_dir.name, image_px(theirs)
+        if task_kind(theirs) != kind:
+            raise UserError(
+                f"{key}.run must do the student's kind of task ({kind}), got {said}, which does {task_kind(theirs)}"
+            )
+        order = match_classes(known, classes, str(run_dir), spec["classes"] == "overlap", key)
+        if key == "teacher" and -1 in order:
+            refuse_gaps({name: order}, classes, kind)
+        order = [0] if kind == "binary" else order
+    teacher = Teacher(model, name, order, outputs)
     try:
-        teacher({"image": torch.zeros(1, 3, px, px)})
-    except (AssertionError, RuntimeError) as error:
+        told = teacher({"image": torch.zeros(1, 3, px, px)})
+    except (AssertionError, RuntimeError, UserError) as error:
         raise UserError(
-            f"teacher.run: {run_dir.name} was trained on images of {image_px(config)} px and does not take the "
-            f"student's {px} px ({str(error).splitlines()[0]}); set augment.image_px={image_px(config)}, or use a "
+            f"{key}.run: {said} was trained on images of {own_px} px and does not take the "
+            f"student's {px} px ({str(error).splitlines()[0]}); set augment.image_px={own_px}, or use a "
             "teacher that takes any size"
         ) from None
+    for output in outputs:
+        if f"{name}.{output}" not in told:
+            there = sorted(teacher.model({"image": torch.zeros(1, 3, px, px)}))
+            raise UserError(
+                f"task.terms.*.inputs names {name}.{output}, which {said} does not have; it has "
+                f"{', '.join(f'{name}.{o}' for o in there)}"
+            )
     return teacher
 
 
@@ -177,47 +246,55 @@ def train_run(
     notes = []
     if config.model.get("init_from") and not goes_on:
         notes = init_from(model, config.model["init_from"], outputs).lines()
-    if (blocks := (config.model.get("freeze") or {}).get("all_but_last_blocks")) is not None:
-        freeze(model, blocks)
     counts = _counts(cache)
     kind = task_kind(config)
     layout = torch.channels_last if config.loop.channels_last else torch.contiguous_format
     model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     labelled = int((cache.split("train").labels >= 0).sum())
-    terms = build_terms(config.task["terms"], kind, counts["train"], device, labelled)
-    task = Task(model, terms, kind)
+    parts = stage_configs(config)
+    terms = [
+        build_terms(p.task["terms"], kind, counts["train"], device, labelled, p.loop.epochs)
+        for p in parts
+    ]
+    soft = None
+    if config.teacher.soft_labels:
+        soft = SoftLabels.open(Path(config.teacher.soft_labels))
+        soft.check(config, cache, cache.classes)
+    teachers = [] if soft else build_teachers(config, cache.classes, device)
+    for teacher in teachers:
+        _check_smaller_sizes(config, teacher, "the teacher")
+    every = [term for of_stage in terms for term in of_stage]
+    shapes, patches = _shapes(model, teachers, soft, image_px(config), device)
+    for term in every:
+        _bind_patches(term, patches)
+    projections = {n: p.to(device) for n, p in build_projections(every, shapes).items()}
+    task = Task(model, terms[0], kind, projections)
     if config.scaling.sync_batchnorm and session.world_size > 1 and device.type == "cuda":
         # torch's own would drop the activation inside timm's BatchNormAct2d
         task.model = convert_sync_batchnorm(task.model)
-    teachers = []
-    if config.teacher.run:
-        run, px = Path(config.teacher.run), image_px(config)
-        teacher = load_teacher(run, "teacher", cache.classes, px, kind)
-        _check_smaller_sizes(config, teacher.model, f"the teacher {run.name}")
-        teachers.append(teacher.to(device=device, memory_format=layout))  # type: ignore[call-overload]
+    _try_terms(task, every, shapes)
     if config.loop.compile:
-        _compile([task.model, *(t.model for t in teachers)], config, device)
-    batches, val_batches = _batches(config, cache, session, device)
-    optimizer = build_optimizer(model, set(head_of(model)), config.optimizer, device)
-    learning_rate = LearningRate(
-        optimizer,
-        config.schedule,
-        batches.steps,
-        config.loop.epochs,
-        higher_is_better(config.loop.monitor),
-    )
-    facts = {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }
-    return Training(
+        nets = [t for teacher in teachers for t in teacher.modules() if isinstance(t, Teacher)]
+        _compile([task.model, *(t.model for t in nets)], config, device)
+    batches, val_batches = _batches(config, cache, session, device, soft)
+    meant = {name for name, p in task.model.named_parameters() if p.requires_grad}
+    stages = [
+        Stage(
+            epochs=part.loop.epochs,
+            terms=of_stage,
+            augment=Augment(part.augment, config.data.decode.image_px, config.loop.seed),
+            begin=_beginning(part, task, of_stage, meant, batches.steps, device),
+            patience=part.loop.patience,
+            name=str((config.stages[i] if config.stages else {}).get("name") or ""),
+        )
+        for i, (part, of_stage) in enumerate(zip(parts, terms, strict=True))
+    ]
+    training = Training(
         task=task,
         teachers=teachers,
-        optimizer=optimizer,
-        learning_rate=learning_rate,
+        stages=stages,
         batches=batches,
         val_batches=val_batches,
-        augment=Augment(config.augment, config.data.decode.image_px, config.loop.seed),
         cfg=config.loop,
         session=session,
         device=device,
@@ -226,7 +303,97 @@ def train_run(
         threshold=config.task.get("threshold", 0.5),
         attempt=attempt,
         standing=[*findings, *check_labels(counts, cache.classes)],
-    ).run(notes, facts)
+    )
+    facts = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "soft_labels": config.teacher.soft_labels,
+    }
+    return training.run(notes, facts)
+
+
+def _beginning(
+    config: Config,
+    task: Task,
+    terms: Sequence[Term],
+    meant: Container[str],
+    steps_per_epoch: int,
+    device: torch.device,
+) -> Callable[[], tuple[torch.optim.Optimizer, LearningRate]]:
+    """What begins a stage: who trains in it, and how fast. `config` is the stage's own, `meant` names the parameters that
+    the model means to be trained."""
+
+    def begin() -> tuple[torch.optim.Optimizer, LearningRate]:
+        model = task.model
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in meant)
+        freeze(model, (config.model.get("freeze") or {}).get("all_but_last_blocks"))
+        for name, projection in task.projections.items():
+            projection.requires_grad_(any(term.name == name for term in terms))
+        further = [p for p in task.projections.parameters() if p.requires_grad]
+        optimizer = build_optimizer(model, set(head_of(model)), config.optimizer, device, further)
+        learning_rate = LearningRate(
+            optimizer,
+            config.schedule,
+            steps_per_epoch,
+            config.loop.epochs,
+            higher_is_better(config.loop.monitor),
+        )
+        return optimizer, learning_rate
+
+    return begin
+
+
+@torch.no_grad()
+def _shapes(
+    model: nn.Module,
+    teachers: Sequence[Teacher | Ensemble],
+    soft: SoftLabels | None,
+    px: int,
+    device: torch.device,
+) -> tuple[dict[str, list[int]], dict[str, tuple[int, int]]]:
+    """Of every column the shape of one sample, and of every map of patches (size, stride) in pixels, where it is known."""
+    batch: Batch = {"image": torch.zeros(2, 3, px, px, device=device)}
+    was_training = model.training
+    outputs: dict[str, Tensor] = {**model.eval()(batch)}
+    model.train(was_training)
+    patches = {}
+    if patch := getattr(model, "patch", None):
+        patches["patch_logits"] = patch
+    for teacher in teachers:
+        outputs |= teacher(batch)
+        for one in teacher.modules():
+            if isinstance(one, Teacher) and (patch := getattr(one.model, "patch", None)):
+                patches[f"{one.name}.patch_logits"] = patch
+    shapes = {name: list(value.shape[1:]) for name, value in outputs.items() if name != "image"}
+    if soft:
+        columns = soft.manifest["columns"]
+        shapes |= {name: list(about["shape"]) for name, about in columns.items()}
+        patches |= {name: a["patch"] for name, a in columns.items() if a.get("patch")}
+    return shapes, patches
+
+
+def _bind_patches(term: Term, patches: Mapping[str, tuple[int, int]]) -> None:
+    """Tell a loss that compares maps of patches which pixels they see."""
+    if term.loss is patch_mse:
+        for option, column in zip(("student_patch", "teacher_patch"), term.inputs, strict=True):
+            term.options.setdefault(option, patches.get(column))
+
+
+def _try_terms(task: Task, terms: Sequence[Term], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Compute every term once, on noise: shapes that do not go together are said before the training starts."""
+    device = next(task.model.parameters()).device
+    columns: Batch = {name: torch.randn(4, *shape, device=device) for name, shape in shapes.items()}
+    columns["weight"] = torch.ones(4, device=device)
+    classes = shapes["logits"][0]
+    one_of_several = task.kind == "single_label"
+    columns["label"] = torch.zeros(4, dtype=torch.long, device=device)
+    if task.kind == "multi_label":
+        columns["label"] = torch.zeros(4, classes, device=device)
+    assert classes > 1 or not one_of_several
+    with torch.no_grad():
+        for term in terms:
+            task.probe(columns, term)
 
 
 def _check_smaller_sizes(config: Config, model: nn.Module, said: str) -> None:
@@ -271,7 +438,7 @@ def _compile(models: Sequence[Any], config: Config, device: torch.device) -> Non
 
 
 def _batches(
-    config: Config, cache: Cache, session: Session, device: torch.device
+    config: Config, cache: Cache, session: Session, device: torch.device, soft: SoftLabels | None
 ) -> tuple[Batches, Callable[[int], Batches]]:
     """Training's batches, and validation's of so many samples."""
     px = config.data.decode.image_px
@@ -290,6 +457,7 @@ def _batches(
         views=config.augment.views,
         sampler=config.loop.sampler,
         steps_per_epoch=config.loop.steps_per_epoch,
+        columns=soft.columns if soft else None,
         **shared,
     )
     val = cache.split("val")

@@ -19,8 +19,8 @@ class Averager:
     `average_last`: the equal mean of the weights at the ends of the last so many epochs (stochastic weight
     averaging, Izmailov et al. 2018, arXiv:1803.05407). Statistics of BatchNorm are averaged like weights.
 
-    Averaged is what trains when the averager is made, and the floating-point buffers; other buffers are
-    copied. `model` must be where it will be trained (device, memory format), and bare: no wrapper's names.
+    Averaged is what trains when the averager is made, with `frozen_too` all that a later stage may train, and the
+    floating-point buffers; other buffers are copied. `model` must be where it will be trained (device, memory format), and bare: no wrapper's names.
     The average is held once beside the weights, on their device.
     """
 
@@ -30,6 +30,7 @@ class Averager:
         ema: float | None = None,
         warmup: bool = True,
         average_last: int | None = None,
+        frozen_too: bool = False,
     ) -> None:
         self.ema, self.warmup, self.average_last = ema, warmup, average_last
         self.averaged = 0
@@ -38,7 +39,7 @@ class Averager:
         self._live: dict[str, Tensor] = {
             name: tensor
             for name, tensor in named.values()
-            if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+            if frozen_too or tensor.requires_grad or not isinstance(tensor, nn.Parameter)
         }
         # what the model does not hold at the moment: the average; within swapped() what is trained
         self._other: dict[str, Tensor] = {}

@@ -155,8 +155,88 @@ class Augment:
 class TeacherConfig:
     run: str | None = None
     """Folder of the teacher's run; null trains without one."""
+    weights: str | None = None
+    """Instead of a run, weights for teacher.model: wildrf | forensyth | finetuned (files of weights_dir), or a path."""
+    weights_dir: str = "weights"
+    """Folder of the files that wildrf, forensyth and finetuned stand for."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """What teacher.weights are of, such as {_target_: ladeda9, preprocessing: npr}."""
+    classes: str = "same"
+    """same: the teacher must know exactly the classes of the data | overlap: those that both know count, by name."""
     temperature: float = 4.0
     """What logits are divided by before they are compared with the teacher's (task=distil). Source: arXiv:1503.02531"""
+    soft_labels: str | None = None
+    """Folder that jobs/soft_labels.py has written: its outputs are read, and no teacher runs. Source: arXiv:2112.01528"""
+
+
+@dataclass
+class SoftLabels:
+    dir: str = "soft_labels"
+    """Folder of the soft labels: one folder for each teacher, set and augmentation."""
+    top_k: int | None = None
+    """Classes whose logits are kept, the rest of the probability being spread evenly; null keeps all, in 16 bits. Source: arXiv:2112.01528"""
+    batch_size: int = 256
+    """Images in one forward pass of the teacher."""
+
+
+@dataclass
+class Gate:
+    metric: str | None = None
+    """What a teacher is judged by: a metric of docs/recipes.md; null: auc for task.kind=binary and multi_label, else top1_acc."""
+    good: float | None = None
+    """From here on a teacher is good; null: 0.65 for an AUC, else 30 % of the way from chance to perfect."""
+    marginal: float | None = None
+    """From here on it is marginal, below it must be fine-tuned; null: 0.55 for an AUC, else 10 % of the way."""
+    inverted: float = 0.45
+    """An AUC below says that the labels are probably inverted."""
+    on_marginal: str = "finetune"
+    """What becomes of a marginal teacher: finetune | skip (it is used as it is, with a warning)."""
+
+
+@dataclass
+class Distil:
+    """What jobs/distil.py does besides; jobs/train.py trains one student and does not look here."""
+
+    teacher: str | None = None
+    """Experiment that trains the teacher, where neither teacher.run nor teacher.weights names one."""
+    teacher_overrides: list[str] = field(default_factory=list)
+    """Overrides of that experiment, such as data.root=<other images>."""
+    finetune: str | None = None
+    """Experiment that fine-tunes a teacher which the gate does not let pass; null: there is no fine-tuning."""
+    finetune_overrides: list[str] = field(default_factory=list)
+    """Overrides of that experiment."""
+    soft_labels: bool = False
+    """true: write the teacher's outputs once, and let all students read them."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Each trains one student alone and one distilled; fixed before the first of them."""
+    metric: str | None = None
+    """What the students are compared by, such as val_auc; null is loop.monitor."""
+    subset: str = "val"
+    """Images that the teacher is verified and the students are compared on: val | test."""
+
+
+@dataclass
+class Fakes:
+    """Two sets of real and fake images that jobs/distil.py makes first: the teacher's, and the student's."""
+
+    images: str | None = None
+    """Folder of real images (with train/ and val/ or not); null: no set is made."""
+    dir: str = "data/fakes"
+    """Where the sets are written: one folder a generator."""
+    teacher_generator: str = "nearest"
+    """Of the set that the teacher is trained on: nearest | bilinear | transposed."""
+    generator: str = "transposed"
+    """Of the set that it is diagnosed and fine-tuned on, and that the students learn: nearest | bilinear | transposed."""
+    teacher_images: int = 600
+    """Images of the teacher's set, real and fake together."""
+    max_images: int = 1400
+    """Images of the other set, real and fake together."""
+    px: int = 64
+    """Side of the crops, in pixels; nothing is resampled but by a generator."""
+    jpeg_quality: int | None = 95
+    """Quality that both classes are saved with, last of all; null saves both as PNG."""
+    seed: int = 0
+    """Of the choice of images and crops, and of the generator's random weights."""
 
 
 @dataclass
@@ -296,10 +376,18 @@ class Config:
     augment: Augment = field(default_factory=Augment)
     model: dict[str, Any] = field(default_factory=dict)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: dict[str, Any] = field(default_factory=dict)
+    """Several teachers by name: teacher.logits is then their weighted ensemble, <name>.<output> each one's own."""
     task: dict[str, Any] = field(default_factory=dict)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     loop: Loop = field(default_factory=Loop)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    """Parts of the training, one after the other, each {epochs, name} and what it changes: {terms, optimizer, schedule, augment, freeze, patience}; loop.epochs is then their sum."""
+    soft_labels: SoftLabels = field(default_factory=SoftLabels)
+    gate: Gate = field(default_factory=Gate)
+    distil: Distil = field(default_factory=Distil)
+    fakes: Fakes = field(default_factory=Fakes)
     scaling: Scaling = field(default_factory=Scaling)
     run: Run = field(default_factory=Run)
     runs: Runs = field(default_factory=Runs)
@@ -462,8 +550,29 @@ class AuditConfig:
     """Python modules that register sources of your own."""
 
 
+@dataclass
+class MakeFakesConfig:
+    images: str | None = None
+    """Folder of real images (with train/ and val/ or not); must be given."""
+    output: str | None = None
+    """Folder of the set: {train,val,test}/{0_real,1_fake}/; null is data/fakes/<generator>."""
+    generator: str = "transposed"
+    """How half of the crops are halved and doubled again: nearest | bilinear | transposed (random weights)."""
+    max_images: int = 1400
+    """Images of the set, real and fake together."""
+    px: int = 64
+    """Side of the crops, in pixels; nothing is resampled but by the generator."""
+    jpeg_quality: int | None = 95
+    """Quality that both classes are saved with, last of all; null saves both as PNG."""
+    seed: int = 0
+    """Of the choice of images and crops, and of the generator's random weights."""
+
+
 SCHEMAS: dict[str, type] = {
     "train": Config,
+    "soft_labels": Config,
+    "distil": Config,
+    "make_fakes": MakeFakesConfig,
     "prepare": PrepareConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
@@ -512,12 +621,16 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: str | None = N
     if isinstance(config, Config):
         config.experiment = choices.get("experiment") or config.experiment
         config = apply_debug(config) if config.debug else config
+        _count_stages(config)
     validate(config)
     return config
 
 
 # Open dicts of the config, whose keys are not ours to list.
-OPEN = ("model.kwargs", "task.terms", "optimizer.lrs", "optimizer.kwargs")
+OPEN = (
+    *("model.kwargs", "task.terms", "optimizer.lrs", "optimizer.kwargs"),
+    *("teacher.model.", "teachers", "stages"),
+)
 
 
 # Keys whose values are plain text, mostly paths: what Hydra's grammar makes of ( ) , = # and so on is not meant.
@@ -526,6 +639,12 @@ LITERAL = frozenset(
         *(
             "data.root",
             "data.unlabeled",
+            "teacher.weights",
+            "teacher.weights_dir",
+            "teacher.soft_labels",
+            "soft_labels.dir",
+            "fakes.images",
+            "fakes.dir",
             "cache.dir",
             "cache.local_dir",
             "runs.dir",
@@ -607,7 +726,7 @@ def _known_keys(name: str) -> dict[str, Any]:
     import yaml
 
     keys = dict(flatten(to_dict(SCHEMAS[name]())))
-    if name == "train":
+    if SCHEMAS[name] is Config:
         defaults = yaml.safe_load((CONF_DIR / "train.yaml").read_text())["defaults"]
         chosen = {g: c for entry in defaults if isinstance(entry, dict) for g, c in entry.items()}
         for group in ("model", "task"):
@@ -647,7 +766,71 @@ def apply_debug(config: Config) -> Config:
     loop.micro_batch_size = None
     loop.accumulate = min(loop.accumulate, 2)
     config.schedule.warmup_epochs = min(config.schedule.warmup_epochs, 0.5)
+    config.fakes.teacher_images = min(config.fakes.teacher_images, 80)
+    config.fakes.max_images = min(config.fakes.max_images, 120)
+    for stage in config.stages:
+        if isinstance(stage, dict) and _is_number(stage.get("epochs")):
+            stage["epochs"] = min(stage["epochs"], 1)
+        if isinstance(stage, dict) and isinstance(stage.get("schedule"), dict):
+            stage["schedule"].pop("warmup_epochs", None)
     return config
+
+
+def _count_stages(config: Config) -> None:
+    """loop.epochs is what the stages make together."""
+    if config.stages:
+        epochs = [s.get("epochs") if isinstance(s, dict) else None for s in config.stages]
+        for i, count in enumerate(epochs):
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise UserError(
+                    f"stages.{i}.epochs must be an integer >= 1, got {count!r}; such as stages=[{{epochs: 5}}, {{epochs: 20}}]"
+                )
+        config.loop.epochs = sum(count for count in epochs if count)
+
+
+def stage_configs(config: Config) -> list[Config]:
+    """The config of each stage: the whole one with what the stage changes; `loop.epochs` is the stage's own.
+
+    Without stages it is the config itself. Raises UserError that begins with the stage's place.
+    """
+    if not config.stages:
+        return [config]
+    found = []
+    for i, stage in enumerate(config.stages):
+        if unknown := sorted(set(stage) - set(STAGE_KEYS)):
+            near = difflib.get_close_matches(unknown[0], STAGE_KEYS, n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"it has {', '.join(STAGE_KEYS)}"
+            raise UserError(f"stages.{i}.{unknown[0]} is not a key of a stage; {remedy}")
+        values = to_dict(config)
+        values["stages"] = []
+        values["loop"]["epochs"] = stage["epochs"]
+        if "patience" in stage:
+            values["loop"]["patience"] = stage["patience"]
+        if "freeze" in stage:
+            values["model"]["freeze"] = stage["freeze"]
+        for group in ("optimizer", "schedule", "augment"):
+            given = stage.get(group) or {}
+            if unknown := sorted(set(given) - set(values[group])):
+                near = difflib.get_close_matches(unknown[0], values[group], n=1)
+                remedy = f"did you mean {near[0]}?" if near else "--help lists the keys"
+                raise UserError(
+                    f"stages.{i}.{group}.{unknown[0]} is not a key of {group}; {remedy}"
+                )
+            values[group].update(given)
+        values["task"]["terms"] = _merged_terms(values["task"]["terms"], stage.get("terms") or {})
+        found.append(from_dict(Config, values))
+    return found
+
+
+def _merged_terms(terms: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A stage's terms: those of the task with what it changes; null leaves one out."""
+    merged = dict(terms)
+    for name, change in changes.items():
+        if change is None:
+            merged.pop(name, None)
+        else:
+            merged[name] = {**merged.get(name, {}), **change}
+    return merged
 
 
 # ------------------------------------------------------------------------------------------- checking
@@ -707,9 +890,12 @@ def _or_null(check: Check) -> Check:
     return lambda v: v is None or test(v), rule.replace("must be", "must be null or", 1)
 
 
+GENERATORS = ("nearest", "bilinear", "transposed")
 TTA = ("none", "flip", "five_crop", "ten_crop")
 TASK_KINDS = ("single_label", "multi_label", "binary")
 
+TEACHER_KEYS = ("run", "weights", "weights_dir", "model", "classes", "weight")
+STAGE_KEYS = ("name", "epochs", "terms", "optimizer", "schedule", "augment", "freeze", "patience")
 TASK_KEYS = ("kind", "terms", "metrics", "threshold")
 
 RULES: dict[str, Check] = {
@@ -746,6 +932,28 @@ RULES: dict[str, Check] = {
     "augment.eval_crop": _number(0.1, 1),
     "augment.views": _number(1),
     "teacher.temperature": _number(0, open_low=True),
+    "teacher.classes": _one_of("same", "overlap"),
+    "soft_labels.top_k": _number(1),
+    "soft_labels.batch_size": _number(1),
+    "gate.good": _number(0, 100),
+    "gate.marginal": _number(0, 100),
+    "gate.inverted": _number(0, 0.5),
+    "gate.on_marginal": _one_of("finetune", "skip"),
+    "distil.subset": _one_of("val", "test"),
+    "distil.seeds": (
+        lambda v: bool(v) and len(set(v)) == len(v) and all(s >= 0 for s in v),
+        "must be different numbers >= 0, at least one",
+    ),
+    "fakes.teacher_generator": _one_of(*GENERATORS),
+    "fakes.generator": _one_of(*GENERATORS),
+    "fakes.teacher_images": _number(24),
+    "fakes.max_images": _number(24),
+    "fakes.px": _number(16, 4096),
+    "fakes.jpeg_quality": _number(1, 100),
+    "fakes.seed": _number(0),
+    "generator": _one_of(*GENERATORS),
+    "px": _number(16, 4096),
+    "jpeg_quality": _number(1, 100),
     "optimizer.lr": _number(0, open_low=True),
     "optimizer.head_lr": _number(0, open_low=True),
     "optimizer.layer_decay": _number(0, 1, open_low=True),
@@ -850,6 +1058,32 @@ NODES: dict[str, tuple[Check, str]] = {
         ),
         "n: only the head and the last n blocks train; null freezes nothing.",
     ),
+    "teachers": ((_mapping(), "must be a mapping of names to {run: <folder>, weight: 1}"), ""),
+    "teachers.*": (
+        (
+            lambda v: isinstance(v, dict) and set(v) <= set(TEACHER_KEYS),
+            f"must be a mapping of {', '.join(TEACHER_KEYS)}",
+        ),
+        "",
+    ),
+    "teachers.*.run": (
+        _or_null((_text, "must be text")),
+        "Folder of this teacher's run. Source: doi:10.1145/3097983.3098135",
+    ),
+    "teachers.*.weights": (
+        _or_null((_text, "must be text")),
+        "Instead of a run, weights for its model, as teacher.weights.",
+    ),
+    "teachers.*.weights_dir": ((_text, "must be text"), "As teacher.weights_dir."),
+    "teachers.*.model": ((_mapping("_target_"), "must be a mapping with _target_"), ""),
+    "teachers.*.classes": (
+        _one_of("same", "overlap"),
+        "same | overlap (it may know some of the classes only, matched by name).",
+    ),
+    "teachers.*.weight": (
+        _number(0, open_low=True, kind="a number "),
+        "Its share in the ensemble, relative to the others'.",
+    ),
     "task": (
         (
             lambda v: isinstance(v, dict) and "terms" in v and set(v) <= set(TASK_KEYS),
@@ -886,19 +1120,22 @@ NODES: dict[str, tuple[Check, str]] = {
     "task.terms.*": ((_mapping("loss", "inputs"), "must be a mapping with loss and inputs"), ""),
     "task.terms.*.loss": (
         (_text, "must be text"),
-        "cross_entropy | bce | focal | asymmetric | kl | kl_sigmoid, or a plug-in's.",
+        "Of labels: cross_entropy | bce | focal | asymmetric; of a teacher: kl | kl_sigmoid | … (docs/distillation.md); or a plug-in's.",
     ),
     "task.terms.*.inputs": (
         (lambda v: isinstance(v, list) and all(map(_text, v)), "must be a list of names"),
-        "What the loss takes: label, outputs of the model (logits), of the teacher (teacher.logits).",
+        "What the loss takes: label, outputs of the model (logits, features, map, patch_logits), of the teacher (teacher.logits).",
     ),
     "task.terms.*.weight": (
-        _number(0, kind="a number "),
-        "What the term is multiplied by in the sum.",
+        (
+            lambda v: isinstance(v, dict) or (_is_number(v) and v >= 0),
+            "must be a number >= 0, or a mapping with schedule",
+        ),
+        "What the term is multiplied by in the sum: a number, or {schedule: linear | cosine | steps | guarded | complement, …}; see docs/distillation.md.",
     ),
     "task.terms.*.label_smoothing": (
         _number(0, 1, kind="a number "),
-        "All but kl: share of the target that is spread over all classes. Source: arXiv:1512.00567",
+        "Losses of labels, and hard_labels: share of the target that is spread over all classes. Source: arXiv:1512.00567",
     ),
     "task.terms.*.class_weights": (
         _or_null(
@@ -914,11 +1151,23 @@ NODES: dict[str, tuple[Check, str]] = {
     ),
     "task.terms.*.gamma": (
         _number(0, kind="a number "),
-        "focal: how little what is sure already counts; 0 is cross-entropy. Source: arXiv:1708.02002",
+        "focal: how little what is sure already counts; 0 is cross-entropy; dist: weight of how the samples of a class correlate. Source: arXiv:1708.02002, arXiv:2205.10536",
     ),
     "task.terms.*.alpha": (
-        _or_null(_number(0, 1, kind="a number ")),
-        "focal, binary and multi_label: weight of what is present; null weighs nothing. Source: arXiv:1708.02002",
+        _or_null(_number(0, kind="a number ")),
+        "focal, binary and multi_label: weight of what is present, up to 1, null weighs nothing; dkd: weight of how sure both are of the label. Source: arXiv:1708.02002, arXiv:2203.08679",
+    ),
+    "task.terms.*.beta": (
+        _number(0, kind="a number "),
+        "dkd: weight of how the other classes rank (8 for small images, 0.5 for ImageNet); dist: weight of how the classes of a sample correlate. Source: arXiv:2203.08679, arXiv:2205.10536",
+    ),
+    "task.terms.*.p": (
+        _number(1, kind="a number "),
+        "attention: power of the activations that are summed over channels. Source: arXiv:1612.03928",
+    ),
+    "task.terms.*.projection": (
+        _one_of("linear", "mlp", "none"),
+        "feature_mse, feature_cosine: how the student's output is brought to the teacher's width. Source: arXiv:1412.6550",
     ),
     "task.terms.*.gamma_neg": (
         _number(0, kind="a number "),
@@ -938,7 +1187,7 @@ NODES: dict[str, tuple[Check, str]] = {
     ),
     "task.terms.*.temperature": (
         _number(0, open_low=True, kind="a number "),
-        "kl, kl_sigmoid: what both logits are divided by.",
+        "kl, kl_sigmoid, dkd, dist: what both logits are divided by.",
     ),
 }
 
@@ -984,6 +1233,7 @@ def validate(config: Any) -> None:
     registry.check("source", config.data.source)
     _check_task(config)
     _check_recipe(config)
+    _check_stages(config)
     loop = config.loop
     if loop.micro_batch_size and loop.accumulate > 1:
         raise UserError(
@@ -1007,8 +1257,85 @@ def validate(config: Any) -> None:
         raise UserError(
             f"schedule.warmup_epochs must be < loop.epochs ({loop.epochs}), got {config.schedule.warmup_epochs:g}"
         )
+    _check_teachers(config)
+
+
+def _check_stages(config: Config) -> None:
+    """Every stage is a config of its own, and is checked as one."""
+    if not config.stages:
+        return
+    if config.loop.average_last is not None:
+        raise UserError(
+            f"loop.average_last must be null with stages, got {config.loop.average_last}; use loop.ema"
+        )
+    for i, stage in enumerate(stage_configs(config)):
+        try:
+            validate(stage)
+        except UserError as error:
+            raise UserError(f"stages.{i}: {error}") from None
+
+
+def teacher_inputs(config: Config) -> dict[str, list[str]]:
+    """By teacher (`teacher`, or a name of `teachers`): its outputs that the terms of any stage name."""
+    known = ("teacher", *config.teachers)
+    found: dict[str, list[str]] = {}
+    terms = [t for stage in stage_configs(config) for t in stage.task["terms"].values()]
+    for column in [c for term in [*config.task["terms"].values(), *terms] for c in term["inputs"]]:
+        owner, dot, output = column.partition(".")
+        if dot and owner in known and output not in found.setdefault(owner, []):
+            found[owner].append(output)
+    return found
+
+
+def teacher_specs(config: Config) -> dict[str, dict[str, Any]]:
+    """Every teacher that has to run, by name: {run, weights, weights_dir, model, classes, weight}."""
+    defaults = {
+        **{"run": None, "weights": None, "weights_dir": "weights"},
+        **{"model": {}, "classes": "same", "weight": 1.0},
+    }
+    if config.teachers:
+        return {name: {**defaults, **one} for name, one in config.teachers.items()}
+    if not (config.teacher.run or config.teacher.weights):
+        return {}
+    return {"teacher": {**defaults, **{k: getattr(config.teacher, k) for k in TEACHER_KEYS[:-1]}}}
+
+
+def has_teacher(config: Config) -> bool:
+    teacher = config.teacher
+    return bool(teacher.run or teacher.weights or teacher.soft_labels or config.teachers)
+
+
+def _check_teachers(config: Config) -> None:
+    """One teacher, several or none, and whether the terms have what they name."""
+    teacher = config.teacher
+    if teacher.run and teacher.weights:
+        raise UserError(
+            f"teacher.run and teacher.weights say the same thing: set one of them, got {teacher.run} and {teacher.weights}"
+        )
+    if config.teachers and (one := teacher.run or teacher.weights):
+        raise UserError(
+            f"teacher and teachers do not go together: make the one ({one}) one of teachers, as teachers.<name>.run"
+        )
+    if teacher.weights and "_target_" not in teacher.model:
+        raise UserError(
+            f"teacher.model must say what teacher.weights={teacher.weights} are of, got nothing; add teacher=ladeda9, or "
+            "teacher.model._target_=timm teacher.model.name=<name>"
+        )
+    for name, one in config.teachers.items():
+        if name in ("teacher", "label", "image") or "." in name:
+            raise UserError(f"teachers.{name} must have another name, without dots")
+        if bool(one.get("run")) == bool(one.get("weights")):
+            raise UserError(
+                f"teachers.{name} must have a run or weights, got {one.get('run')} and {one.get('weights')}"
+            )
+        if one.get("weights") and "_target_" not in one.get("model", {}):
+            raise UserError(
+                f"teachers.{name}.model must say what {one['weights']} are of, got nothing"
+            )
+    if config.distil.teacher:  # jobs/distil.py will have one
+        return
     for name, term in config.task["terms"].items():
-        if any(i.startswith("teacher.") for i in term["inputs"]) and not config.teacher.run:
+        if any(i.startswith("teacher.") for i in term["inputs"]) and not has_teacher(config):
             raise UserError(
                 f"teacher.run must name the folder of a trained run, because task.terms.{name} learns from a "
                 "teacher, got null; add teacher.run=runs/<name>"
@@ -1026,6 +1353,7 @@ def _is_option_of_a_plugin(key: str, values: dict[str, Any]) -> bool:
 def _check_task(config: Config) -> None:
     """What kind of labels, metrics and monitor go together."""
     from potstill import metric_names
+    from potstill.term_weights import check_weights
 
     kind = config.task.get("kind", "single_label")
     if (kind == "multi_label") != config.data.multi_label:
@@ -1036,6 +1364,7 @@ def _check_task(config: Config) -> None:
     chosen = config.task.get("metrics") or []
     metric_names.check(kind, chosen)
     monitors = metric_names.monitors(kind, chosen)
+    check_weights(config.task["terms"], monitors)
     if config.loop.monitor not in monitors:
         remedy = "a metric of task.metrics is monitored as val_<name>"
         near = difflib.get_close_matches(config.loop.monitor, monitors, n=1)
@@ -1160,8 +1489,9 @@ def checked(config: Any) -> Any:
         key = getattr(error, "full_key", "") or "the config"
         raise UserError(f"{key} was refused: {str(error).splitlines()[0]}") from None
     registry.load_plugins(getattr(copied, "plugins", []))
-    if isinstance(copied, Config) and copied.debug:
-        copied = apply_debug(copied)
+    if isinstance(copied, Config):
+        copied = apply_debug(copied) if copied.debug else copied
+        _count_stages(copied)
     validate(copied)
     return copied
 
@@ -1212,14 +1542,16 @@ def resolved(path: str | None) -> str | None:
 def identity(config: Config) -> dict[str, Any]:
     """What a run's result depends on: the config without where it runs and where it is written."""
     values = to_dict(config)
-    for key in ("run", "runs", "tracking", "scaling", "cache", "debug", "experiment"):
+    elsewhere = ("run", "runs", "tracking", "scaling", "cache", "debug", "experiment")
+    for key in (*elsewhere, "soft_labels", "gate", "distil", "fakes"):
         values.pop(key)
     values["loop"].pop("log_every_steps")
     values["scaling"] = {"sync_batchnorm": config.scaling.sync_batchnorm}
     values["data"]["root"] = resolved(config.data.root)
     values["data"]["unlabeled"] = resolved(config.data.unlabeled)
-    if config.teacher.run:
-        values["teacher"]["run"] = str(Path(config.teacher.run).expanduser().resolve())
+    for teacher in (values["teacher"], *values["teachers"].values()):
+        for key in ("run", "soft_labels"):
+            teacher[key] = resolved(teacher.get(key))
     return values
 
 
@@ -1323,7 +1655,7 @@ def _run(
 def _keys_help(name: str) -> str:
     """Groups, then every key with its default and what it means (read from the schema's own docstrings)."""
     lines = []
-    if name == "train":
+    if SCHEMAS[name] is Config:
         lines.append("groups (group=choice):")
         lines += [f"  {group:<12} {', '.join(names)}" for group, names in _groups(CONF_DIR).items()]
         lines.append("")
@@ -1379,7 +1711,7 @@ def _documented_node(root: str, job_name: str) -> Iterator[tuple[str, Any, str]]
         matching = [key for key in known if fnmatch.fnmatchcase(key, pattern)]
         if pattern.startswith(f"{root}.") and text:
             yield (
-                pattern.replace("*", "<term>"),
+                pattern.replace("*", "<term>" if root == "task" else "<name>"),
                 known[matching[0]] if matching else "by loss",
                 text,
             )

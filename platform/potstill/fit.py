@@ -24,8 +24,11 @@ from potstill.config import (
     config_hash,
     differing_keys,
     from_dict,
+    has_teacher,
     load_run_config,
     resolved,
+    stage_configs,
+    teacher_specs,
     to_dict,
     to_yaml,
 )
@@ -74,7 +77,10 @@ def _resolve_paths(config: Config) -> None:
     """A run must mean the same from any folder."""
     config.data.root = resolved(config.data.root)
     config.data.unlabeled = resolved(config.data.unlabeled)
-    config.teacher.run = resolved(config.teacher.run)
+    teacher = config.teacher
+    teacher.run, teacher.soft_labels = resolved(teacher.run), resolved(teacher.soft_labels)
+    for one in config.teachers.values():
+        one["run"] = resolved(one.get("run"))
     config.model["init_from"] = resolved(config.model.get("init_from"))
 
 
@@ -157,18 +163,41 @@ def _refuse_before_start(config: Config, run_dir: Path, plan: Plan) -> None:
         raise UserError(
             f"model.init_from must be a run's folder or a weights file, got {source!r}, which does not exist"
         )
-    if config.teacher.run:
-        teacher = runs.open_run(config.teacher.run, "teacher.run")
-        runs.best_checkpoint(teacher)
+    _refuse_teachers(config, plan.rows.classes)
+
+
+def _refuse_teachers(config: Config, classes: Sequence[str]) -> None:
+    """Teachers that are missing or damaged, do another kind of task, or do not know the classes."""
+    kind = config.task.get("kind", "single_label")
+    known: dict[str, list[int]] = {}
+    for name, spec in teacher_specs(config).items():
+        key = "teacher" if name == "teacher" else f"teachers.{name}"
+        if spec["weights"]:
+            from potstill.models.published import weights_file
+
+            target = spec["model"]["_target_"]
+            weights_file(spec["weights"], spec["weights_dir"], target, f"{key}.weights")
+            known[name] = list(range(len(classes)))
+            continue
+        teacher = runs.open_run(spec["run"], f"{key}.run")
+        try:
+            runs.best_checkpoint(teacher)
+        except UserError as error:
+            raise UserError(f"{key}.run cannot be used: {error}") from None
         from potstill.task import match_classes
 
         theirs = load_run_config(teacher).task.get("kind", "single_label")
         if theirs != kind:
             raise UserError(
-                f"teacher.run must do the student's kind of task ({kind}), got {config.teacher.run}, which does {theirs}"
+                f"{key}.run must do the student's kind of task ({kind}), got {spec['run']}, which does {theirs}"
             )
-        known = runs.read_json(teacher / "run.json")["classes"]
-        match_classes(known, plan.rows.classes, config.teacher.run)
+        theirs = runs.read_json(teacher / "run.json")["classes"]
+        overlap = spec["classes"] == "overlap"
+        known[name] = match_classes(theirs, classes, spec["run"], overlap, key)
+    if known:
+        from potstill.task import refuse_gaps
+
+        refuse_gaps(known, classes, kind)
 
 
 def _check_model(config: Config) -> None:
@@ -180,23 +209,37 @@ def _check_model(config: Config) -> None:
 
     if config.augment.policy:
         parse_policy(config.augment.policy)
-    build_terms(config.task["terms"], config.task.get("kind", "single_label"))
-    check_optimizer(config.optimizer)
+    for stage in stage_configs(config):
+        build_terms(stage.task["terms"], stage.task.get("kind", "single_label"))
+        check_optimizer(stage.optimizer)
     if config.model["_target_"] == "timm":
         check_name(config.model["name"])
-        _check_columns(config)
+    _check_columns(config)
+
+
+OUTPUTS = {
+    "timm": ("logits", "features", "map"),
+    **dict.fromkeys(("ladeda9", "tiny_ladeda"), ("logits", "features", "map", "patch_logits")),
+}
+"""What our own models return; TimmModel's map and features where the family has them."""
 
 
 def _check_columns(config: Config) -> None:
-    """Whether every term's inputs will be there; what a plug-in's model returns only it knows."""
-    there = ["label", "logits", "features"] + (["teacher.logits"] if config.teacher.run else [])
+    """Whether every term's inputs will be there; what a plug-in's model or a teacher returns only it knows."""
+    if config.model["_target_"] not in OUTPUTS:
+        return
+    there = ["label", *OUTPUTS[config.model["_target_"]]]
+    owners = ["teacher"] if has_teacher(config) else []
+    owners += list(config.teachers)
     for name, term in config.task["terms"].items():
         for column in term["inputs"]:
-            if column not in there:
-                near = difflib.get_close_matches(column, there, n=1)
+            owner, dot, _ = column.partition(".")
+            if not (dot and owner in owners) and column not in there:
+                known = there + [f"{owner}.logits" for owner in owners]
+                near = difflib.get_close_matches(column, known, n=1)
                 remedy = f"; did you mean {near[0]}?" if near else ""
                 raise UserError(
-                    f"task.terms.{name}.inputs must be of {', '.join(there)}, got {column!r}{remedy}"
+                    f"task.terms.{name}.inputs must be of {', '.join(known)}, got {column!r}{remedy}"
                 )
 
 
@@ -226,6 +269,8 @@ def _write_identity(config: Config, run_dir: Path, plan: Plan, counts: dict[str,
         "git_commit": commit,
         "git_dirty": dirty,
         "teacher_run": config.teacher.run,
+        "teachers": {n: s["run"] or s["weights"] for n, s in teacher_specs(config).items()},
+        "soft_labels": config.teacher.soft_labels,
         "init_from": config.model.get("init_from"),
         "tags": config.run.tags,
         "config_hash": config_hash(config),
@@ -259,7 +304,10 @@ def _seen_before(config: Config, run_dir: Path, cache_dir: Path) -> list[dict[st
     runs.atomic_save(run_dir / "train_hashes.npy", ours)
     validation = hash_prefixes(cache.split("val").hashes)
     found = []
-    sources = {"teacher.run": config.teacher.run, "model.init_from": config.model.get("init_from")}
+    sources = {"model.init_from": config.model.get("init_from")}
+    for name, spec in teacher_specs(config).items():
+        key = "teacher.run" if name == "teacher" else f"teachers.{name}.run"
+        sources[key] = spec["run"]
     for key, source in sources.items():
         hashes = Path(source or "") / "train_hashes.npy"
         if source and hashes.exists():
@@ -598,7 +646,7 @@ def _work(payload: dict[str, Any]) -> None:
             config, cache_dir, session, device, session.attempt, payload["findings"]
         )
         early = progress.epoch < config.loop.epochs
-        why = f"{config.loop.monitor} has not improved for {config.loop.patience} epochs"
+        why = f"{config.loop.monitor} has not improved for {progress.bad_epochs} epochs"
         status = "stopped_early" if early else "finished"
         session.end(status, why if early else "", progress.best)
     except (Stopped, UserError) as error:

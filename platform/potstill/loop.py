@@ -7,6 +7,7 @@ the checkpoints; everything that is learned or measured happens here.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
 import math
@@ -35,7 +36,8 @@ from potstill.metrics import Meter, evaluate, over_views, top_k
 from potstill.optim import LearningRate
 from potstill.predictions import Predictions, thresholds_file
 from potstill.runs import Checkpoint
-from potstill.task import Task, Teacher
+from potstill.task import Batch, Relations, Task, Term
+from potstill.term_weights import Event
 from potstill.watch import check_epoch, check_monitor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -79,11 +81,15 @@ class LossNotFinite(UserError):
 
 @dataclass
 class Progress:
-    """Where a run is. `step` counts updates since its start, `epoch_step` those of the epoch under way."""
+    """Where a run is. `step` counts updates since its start, `epoch_step` those of the epoch under way; `stage_epoch` and
+    `stage_step` count epochs done and updates since the start of the stage."""
 
     epoch: int = 0
     epoch_step: int = 0
     step: int = 0
+    stage: int = 0
+    stage_epoch: int = 0
+    stage_step: int = 0
     bad_epochs: int = 0
     seconds: float = 0.0
     best: dict[str, Any] | None = None
@@ -102,9 +108,23 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
 
 
 @dataclass
-class Training:
-    """Trains `task` for `cfg.epochs`, or goes on from the session's newest checkpoint: see `run`.
+class Stage:
+    """A part of a training. `begin` frees and freezes what this stage trains, and makes its optimizer and learning rate;
+    it is called when the stage begins or is gone on with."""
 
+    epochs: int
+    terms: Sequence[Term]
+    augment: Augment
+    begin: Callable[[], tuple[torch.optim.Optimizer, LearningRate]]
+    patience: int | None = None
+    name: str = ""
+
+
+@dataclass
+class Training:
+    """Trains `task` through the `stages`, or goes on from the session's newest checkpoint: see `run`.
+
+    Weights, batch statistics, averages and the best checkpoint go through all stages; each has its own optimizer.
     `val_batches`: makes validation's batches of so many samples; `micro_batch_size` says how many.
     `metrics`: what validation measures besides the usual, by name. `threshold`: how the thresholds of a
     binary or multi-label task are chosen on validation. `standing`: warnings about the data, said at once
@@ -112,12 +132,10 @@ class Training:
     """
 
     task: Task
-    teachers: Sequence[Teacher]
-    optimizer: torch.optim.Optimizer
-    learning_rate: LearningRate
+    teachers: Sequence[Callable[[Batch], Batch]]
+    stages: Sequence[Stage]
     batches: Batches
     val_batches: Callable[[int], Batches]
-    augment: Augment
     cfg: Loop
     session: Session
     device: torch.device
@@ -133,19 +151,53 @@ class Training:
         self.at = Progress()
         auto = self.cfg.micro_batch_size == "auto"
         self.micro_batch_size: int | None = None if auto else self.cfg.micro_batch_size
+        self.optimizer: torch.optim.Optimizer
+        self.learning_rate: LearningRate
+        self._begin()
         self._px = self.augment.image_px
-        self.meter = self._new_meter()
         self.averager = Averager(
-            self.task.model, self.cfg.ema, self.cfg.ema_warmup, self.cfg.average_last
+            self.task.model,
+            self.cfg.ema,
+            self.cfg.ema_warmup,
+            self.cfg.average_last,
+            frozen_too=len(self.stages) > 1,
         )
-        self.forward: nn.Module = self.task
+        # what a guarded weight goes back to: model, projections and optimizer when each of its levels was taken
+        self._restore_points: list[dict[str, Any]] = []
         # sum and weight of the loss since the last log
         self._window = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._clock = 0.0
 
+    @property
+    def stage(self) -> Stage:
+        return self.stages[self.at.stage]
+
+    @property
+    def augment(self) -> Augment:
+        return self.stage.augment
+
+    def _begin(self) -> None:
+        """Begin the stage that the run is in, or go on with it."""
+        stage = self.stage
+        self.task.terms = list(stage.terms)
+        self.optimizer, self.learning_rate = stage.begin()
+        self.guard = next((t.weight.guard for t in stage.terms if t.weight.guard), None)
+        self.meter = self._new_meter()
+        self.forward: nn.Module = self.task
+
+    def _join_ranks(self) -> None:
+        """Let gradients be summed over the ranks; anew in every stage, because what is trained differs."""
+        if self.session.world_size > 1:
+            # buffers are averaged when they are used (_share_buffers), not sent at every step
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.forward = DistributedDataParallel(
+                self.task, device_ids=ids, broadcast_buffers=False
+            )
+
     def _new_meter(self) -> Meter:
         terms = [t.name for t in self.task.terms]
-        return Meter(self.task.kind, len(self.classes), self.device, terms=terms)
+        weighted = [f"{name}/weighted" for name in terms]
+        return Meter(self.task.kind, len(self.classes), self.device, terms=[*terms, *weighted])
 
     def run(self, notes: Sequence[str] = (), facts: Mapping[str, Any] | None = None) -> Progress:
         """Train to the end. `notes` follow the attempt's first record, which also carries `facts`.
@@ -160,31 +212,68 @@ class Training:
             self._log("note", message=line)
         for warning in self.standing:
             self._log("warning", **warning)
-        if self.session.world_size > 1:
-            # buffers are averaged when they are used (_share_buffers), not sent at every step
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.forward = DistributedDataParallel(
-                self.task, device_ids=ids, broadcast_buffers=False
-            )
-        while self.at.epoch < self.cfg.epochs and not self._out_of_patience():
-            self._train_epoch()
+        self._join_ranks()
+        while not self._stage_done() or self._next_stage():
+            try:
+                self._train_epoch()
+            except LossNotFinite as error:
+                if self.guard is None or not self.guard.level:
+                    raise
+                self._change_level(self.guard.fall_back(str(error).partition(" at step")[0]))
+                self.at.stage_step -= self.at.epoch_step
+                self.at.epoch_step = 0
+                self._window.zero_()
+                self.meter = self._new_meter()
         return self.at
 
+    def _stage_done(self) -> bool:
+        return self.at.stage_epoch >= self.stage.epochs or self._out_of_patience()
+
+    def _next_stage(self) -> bool:
+        """Begin the next stage; False where there is none."""
+        if self.at.stage + 1 == len(self.stages):
+            return False
+        at = self.at
+        at.stage, at.stage_epoch, at.stage_step, at.bad_epochs = at.stage + 1, 0, 0, 0
+        before = self.guard
+        self._begin()
+        self._join_ranks()
+        if before and self.guard and before.levels == self.guard.levels:
+            vars(self.guard).update(vars(before))  # a schedule goes on where it stands
+            for point in self._restore_points:
+                point["optimizer"] = copy.deepcopy(self.optimizer.state_dict())
+        else:
+            self._restore_points = []
+        self._log("stage", **self._about_stage())
+        return True
+
+    def _about_stage(self) -> dict[str, Any]:
+        return {
+            "stage": self.at.stage + 1,
+            "stages": len(self.stages),
+            "stage_name": self.stage.name,
+            "stage_epochs": self.stage.epochs,
+            "epoch": self.at.epoch,
+        }
+
     def _out_of_patience(self) -> bool:
-        return self.cfg.patience is not None and self.at.bad_epochs >= self.cfg.patience
+        patience = self.stage.patience
+        return patience is not None and self.at.bad_epochs >= patience
 
     # ------------------------------------------------------------------------------------- one epoch
     def _train_epoch(self) -> None:
         at, cfg = self.at, self.cfg
         self.task.train()
-        self._px = self.augment.px_at(at.epoch, cfg.epochs)
+        self._px = self.augment.px_at(at.stage_epoch, self.stage.epochs)
         lr, images, counted_from, stopping = 0.0, 0, at.epoch_step, False
         started = window_started = self._clock = time.perf_counter()
         window_images = 0
         for batch in self.batches.epoch(at.epoch, at.epoch_step):
-            lr = self.learning_rate.before_step(at.step)
+            lr = self.learning_rate.before_step(at.stage_step)
+            self.task.epoch = at.stage_step / self.batches.steps
             self._update(batch)
             at.step, at.epoch_step = at.step + 1, at.epoch_step + 1
+            at.stage_step += 1
             n = int(batch["count"])
             images, window_images = images + n, window_images + n
             last = at.epoch_step == self.batches.steps
@@ -208,7 +297,7 @@ class Training:
                 self._stop()
         train_seconds = time.perf_counter() - started
         self._finish_epoch(lr, started, images / train_seconds, at.epoch_step - counted_from)
-        if stopping and at.epoch < cfg.epochs:
+        if stopping and not (self._stage_done() and at.stage + 1 == len(self.stages)):
             self._stop()
 
     def _stop(self) -> NoReturn:
@@ -224,7 +313,8 @@ class Training:
         self._refuse_bad_weights()
         self.averager.after_epoch(at.epoch, cfg.epochs)
         measured, found = self._evaluate()
-        if not math.isfinite(measured["loss"]):
+        guarding = self.guard is not None and self.guard.level > 0
+        if not math.isfinite(measured["loss"]) and not guarding:
             self._refuse(f"the validation loss is {measured['loss']}")
         seconds = time.perf_counter() - started
         self._tick()
@@ -238,12 +328,14 @@ class Training:
             "image_px": self._px,
             "top_k": top_k(len(self.classes)),
             "terms": {
-                t.name: {
-                    "loss": trained[f"term/{t.name}"],
-                    "weighted": t.weight * trained[f"term/{t.name}"],
+                name: {
+                    "loss": trained[f"term/{name}"],
+                    "weighted": trained[f"term/{name}/weighted"],
+                    "weight": weight,
                 }
-                for t in self.task.terms
+                for name, weight in self.task.weights().items()
             },
+            "stage": at.stage + 1,
             "seconds": seconds,
             "total_seconds": at.seconds,
             "images_per_s": images_per_s,
@@ -253,8 +345,10 @@ class Training:
             / max(steps_done, 1),
         }
         value = record[cfg.monitor]
+        event = self._guarded(measured)
         # until an epoch has a value, the first one stands in: a run keeps something to predict with
         better = at.best is None or _is_better(value, at.best["value"], cfg.monitor)
+        better = better and not (event and event.restored)
         at.bad_epochs = 0 if better else at.bad_epochs + 1
         if better:
             at.best = {
@@ -275,13 +369,55 @@ class Training:
         ]
         if not math.isnan(value):
             self.learning_rate.after_epoch(value)
-        at.epoch, at.epoch_step = at.epoch + 1, 0
+        at.epoch, at.epoch_step, at.stage_epoch = at.epoch + 1, 0, at.stage_epoch + 1
         self.meter = self._new_meter()
         self._log("epoch", **record)
+        if event is not None:
+            self._change_level(event)
         files = {"val_predictions.npz": _npz(found)}
         if found.thresholds is not None:
             files["thresholds.json"] = thresholds_file(found, self.classes, self.threshold)
         self._save(epoch_done=True, metrics=record, files=files)
+
+    def _guarded(self, measured: Mapping[str, float]) -> Event | None:
+        """What a guarded weight makes of an epoch's validation."""
+        if self.guard is None:
+            return None
+        finite = math.isfinite(measured["loss"])
+        return self.guard.after_epoch(
+            measured[self.guard.metric.removeprefix("val_")] if finite else math.nan
+        )
+
+    def _change_level(self, event: Event) -> None:
+        """What follows from a guarded weight's new level: a point to come back to, or the way back to one."""
+        if event.restored:
+            self._load_state(self._restore_points.pop())
+        else:
+            self._restore_points.append(copy.deepcopy(self._trained_state()))
+        self._log(
+            "level",
+            epoch=self.at.epoch,
+            term=event.term,
+            level=event.level + 1,
+            weight=event.weight,
+            restored=event.restored,
+            message=event.why,
+        )
+
+    def _trained_state(self) -> dict[str, Any]:
+        """Weights and what their optimizer knows: all that an update changes."""
+        return {
+            "model": self.task.model.state_dict(),
+            "projections": self.task.projections.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "averager": self.averager.state_dict(),
+        }
+
+    def _load_state(self, state: Mapping[str, Any]) -> None:
+        self.task.model.load_state_dict(state["model"])
+        self.task.projections.load_state_dict(state["projections"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self.averager.load_state_dict(state["averager"])
 
     # ---------------------------------------------------------------------- how much memory holds
     def _micro_batch_size(self, checkpoint: Checkpoint | None) -> int | None:
@@ -313,7 +449,7 @@ class Training:
 
     def _try_update(self, size: int) -> None:
         """One forward and backward pass of `size` samples, which leaves no trace."""
-        self._px = max(self.augment.px_at(e, self.cfg.epochs) for e in range(self.cfg.epochs))
+        self._px = max(s.augment.px_at(e, s.epochs) for s in self.stages for e in range(s.epochs))
         first = next(iter(self.batches.epoch(0)))
         rows = torch.arange(size) % len(first["id"])
         part = {k: v[rows] if v.ndim else v for k, v in first.items()}
@@ -335,10 +471,14 @@ class Training:
         """One optimizer step from this rank's share of a global batch."""
         torch.manual_seed(_step_seed(self.cfg.seed, self.at.step, self.session.rank))
         parts = micro_batches(batch, self.micro_batch_size, self.cfg.accumulate)
+        related = self._relations(parts) if self._in_parts(parts) else None
         for i, part in enumerate(parts):
+            if related:  # the very pass that its representations are of
+                self._seed_part(i)
             with self._no_sync() if i + 1 < len(parts) else contextlib.nullcontext():
                 # DistributedDataParallel averages over ranks; the shares are meant to be added
-                self.scaler.scale(self._loss(part) * self.session.world_size).backward()
+                loss = self._loss(part, *related[i]) if related else self._loss(part)
+                self.scaler.scale(loss * self.session.world_size).backward()
         if self.cfg.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.task.parameters(), self.cfg.clip_norm)
@@ -347,6 +487,38 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         self.averager.after_step(self.at.step)
 
+    def _in_parts(self, parts: Sequence[Any]) -> bool:
+        """Whether samples must be compared with each other that no forward pass holds together: of any rank, so that all
+        go the same way."""
+        if not self.task.relations:
+            return False
+        most = torch.tensor(len(parts), device=self.device)
+        if self.session.world_size > 1:
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most) > 1
+
+    def _relations(
+        self, parts: Sequence[dict[str, Tensor]]
+    ) -> list[tuple[dict[str, Tensor], Relations]]:
+        """A pass over all parts that keeps their representations alone; returns the parts as they were seen, and of each
+        representation the gradient. Collective."""
+        buffers = {name: b.clone() for name, b in self.task.named_buffers()}
+        taught, seen = [], []
+        with torch.no_grad(), self.autocast():
+            for i, part in enumerate(parts):
+                self._seed_part(i)
+                taught.append(self._taught(part))
+                self._seed_part(i)
+                seen.append(self.task.related_inputs(taught[i]))
+            for name, buffer in self.task.named_buffers():
+                buffer.copy_(buffers[name])
+        with self.autocast():
+            return list(zip(taught, self.task.relate(seen), strict=True))
+
+    def _seed_part(self, part: int) -> None:
+        """Dropout of a part that is run twice must be the same twice."""
+        torch.manual_seed(_step_seed(self.cfg.seed, self.at.step, self.session.rank) + part)
+
     def _no_sync(self) -> AbstractContextManager:
         return (
             self.forward.no_sync()
@@ -354,20 +526,33 @@ class Training:
             else contextlib.nullcontext()
         )
 
-    def _loss(self, part: dict[str, Tensor]) -> Tensor:
+    def _taught(self, part: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A part on the device, augmented and mixed, with what the teachers say of the very same images."""
         batch = self._augmented(part)
+        for teacher in self.teachers:
+            batch = teacher(batch)
+        return batch
+
+    def _loss(
+        self,
+        part: dict[str, Tensor],
+        taught: dict[str, Tensor] | None = None,
+        known: Relations | None = None,
+    ) -> Tensor:
         with self.autocast():
-            for teacher in self.teachers:
-                batch = teacher(batch)
-            loss, sums, outputs = self.forward(batch)
+            batch = self._taught(part) if taught is None else taught
+            loss, sums, outputs = self.forward(batch, known)
         weight = batch["weight"].sum()
         to_mean = batch["weight_total"] / weight.clamp(min=1e-12)
         self.meter.update_mean("loss", loss.detach() * to_mean, weight)
         self._window += torch.stack(
             [(loss.detach() * batch["weight_total"]).double(), weight.double()]
         )
+        weights = self.task.weights()
         for name, (value, counted) in sums.items():
-            self.meter.update_mean(f"term/{name}", value / counted.clamp(min=1e-12), counted)
+            mean = value / counted.clamp(min=1e-12)
+            self.meter.update_mean(f"term/{name}", mean, counted)
+            self.meter.update_mean(f"term/{name}/weighted", weights[name] * mean, counted)
         padded = not bool(part["label_weight"].all())
         self.meter.update_classified(
             outputs["logits"].detach(), _main_label(batch), batch["label_weight"], padded
@@ -378,7 +563,7 @@ class Training:
         batch = self._to_device(part)
         # ids and views from where they are: what is planned on the CPU need not wait for the device
         images = self.augment.train(batch["image"], part["id"], part["view"], self._px)
-        mixing = self.at.epoch < self.cfg.epochs - self.augment.mix_off_epochs
+        mixing = self.at.stage_epoch < self.stage.epochs - self.augment.mix_off_epochs
         return self.augment.mix({**batch, "image": images}, mixing)
 
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -480,6 +665,9 @@ class Training:
             "learning_rate": self.learning_rate.state_dict(),
             "scaler": self.scaler.state_dict(),
             "progress": vars(at),
+            "projections": self.task.projections.state_dict(),
+            "guard": vars(self.guard) if self.guard else None,
+            "restore_points": self._restore_points,
             "meter": self.meter.state(),
             "window": self._whole_window().cpu(),
             "micro_batch_size": self.micro_batch_size,
@@ -502,13 +690,18 @@ class Training:
     ) -> None:
         if checkpoint:
             state = checkpoint.state()
+            self.at = Progress(**state["progress"])
+            self._begin()
             self.task.model.load_state_dict(checkpoint.model_state())
             if "averager" in state:
                 self.averager.load_state_dict(state["averager"])
+            self.task.projections.load_state_dict(state.get("projections", {}))
             self.optimizer.load_state_dict(state["optimizer"])
             self.learning_rate.load_state_dict(state["learning_rate"])
             self.scaler.load_state_dict(state["scaler"])
-            self.at = Progress(**state["progress"])
+            if self.guard is not None:
+                vars(self.guard).update(state["guard"])
+                self._restore_points = state["restore_points"]
             self.meter.load_state(state["meter"], self.session.rank)
             if self.session.rank == 0:
                 self._window.copy_(state["window"])
@@ -525,6 +718,8 @@ class Training:
             task_kind=self.task.kind,
             metrics=list(self.metrics),
             monitor=self.cfg.monitor,
+            stages=[{"name": s.name, "epochs": s.epochs} for s in self.stages],
+            stage=self.at.stage + 1,
             device=str(self.device),
             host=socket.gethostname(),
             pid=os.getpid(),

@@ -7,7 +7,7 @@ import fnmatch
 import importlib.util
 import inspect
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,8 +128,9 @@ def build_optimizer(
     head: set[str],
     cfg: Optimizer,
     device: torch.device,
+    further: Sequence[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
-    """The optimizer of the config over all parameters that are not frozen.
+    """The optimizer of the config over all parameters that are not frozen, and `further` ones at `lr`.
 
     `head`: names of the classifier's parameters. A parameter's rate is, in this order: that of the first
     pattern of `lrs` that its name matches; `head_lr` in the head; `lr` times `layer_decay` for every layer
@@ -175,6 +176,12 @@ def build_optimizer(
             },
         )
         group["params"].append(parameter)
+    if further:
+        own = {"params": list(further), "name": "projections", "lr": cfg.lr}
+        fallback = {"use_fallback": True} if orthogonal else {}
+        groups["projections", cfg.lr, True, orthogonal] = {
+            **own, "weight_decay": cfg.weight_decay, **fallback
+        }  # fmt: skip
     try:
         optimizer = _create(list(groups.values()), cfg, device)
     except (AssertionError, ImportError) as error:

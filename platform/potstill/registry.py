@@ -26,7 +26,11 @@ T = TypeVar("T")
 
 # Built-in ones are named by module and attribute, so that nothing is imported before it is used.
 _KNOWN: dict[str, dict[str, Any]] = {
-    "model": {"timm": "potstill.models.images:TimmModel"},
+    "model": {
+        "timm": "potstill.models.images:TimmModel",
+        "ladeda9": "potstill.models.patches:LaDeDa9",
+        "tiny_ladeda": "potstill.models.patches:TinyLaDeDa",
+    },
     "loss": {},
     "source": {
         "folder": "potstill.data.folder:list_folder",
@@ -38,7 +42,12 @@ _KNOWN: dict[str, dict[str, Any]] = {
 }
 # Built-in ones that are known by name where they are used, and that no plug-in may replace.
 RESERVED = {
-    "loss": ("cross_entropy", "bce", "focal", "asymmetric", "kl", "kl_sigmoid"),
+    "loss": (
+        *("cross_entropy", "bce", "focal", "asymmetric", "kl", "kl_sigmoid"),
+        *("dkd", "dist", "hard_labels", "hard_labels_sigmoid"),
+        *("feature_mse", "feature_cosine", "embedding_mse", "embedding_cosine"),
+        *("attention", "rkd_distance", "rkd_angle", "patch_mse"),
+    ),
     "augmentation": ("rand", "trivial", "augmix"),
 }
 _KEYS = {

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -124,6 +124,10 @@ def split_pairs(n: int, parts: int) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
 
+Columns = Callable[[np.ndarray, np.ndarray], dict[str, Tensor]]
+"""ids [b] and views [b], int64 -> further columns [b, ...], such as a teacher's outputs from the disk."""
+
+
 class Batches:
     """Batches of one split for one rank, read ahead by a thread.
 
@@ -135,7 +139,8 @@ class Batches:
 
     `sampler`: shuffle (every sample once a pass) | weighted (by the samples' weights, with replacement; the
     weights then do not count in the loss again) | class_balanced. `steps_per_epoch`: batches of an epoch,
-    which then may end within a pass or span several; None is one pass.
+    which then may end within a pass or span several; None is one pass. `columns`: adds further columns, in the
+    reading thread.
     """
 
     def __init__(
@@ -152,7 +157,9 @@ class Batches:
         pin: bool = False,
         sampler: str = "shuffle",
         steps_per_epoch: int | None = None,
+        columns: Columns | None = None,
     ) -> None:
+        self.columns = columns
         self.reader, self.seed, self.shuffle = reader, seed, shuffle
         self.rank, self.world_size = rank, world_size
         self.window_rows, self.views, self.pin = window_rows, views, pin
@@ -214,6 +221,8 @@ class Batches:
             "label_weight_total": torch.tensor(float(label_weight.sum())),
             "count": torch.tensor(float(len(rows))),
         }
+        if self.columns is not None:
+            batch |= self.columns(batch["id"].numpy(), batch["view"].numpy())
         return {k: v.pin_memory() for k, v in batch.items()} if self.pin else batch
 
 

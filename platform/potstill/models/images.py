@@ -183,15 +183,18 @@ class TimmModel(nn.Module):
             forget_rows(self, self.head_parameter_names(), range(num_classes))
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`batch["image"]`: float [B, 3, H, W] in [0, 1]. Returns logits [B, K], and features [B, D]."""
+        """`batch["image"]`: float [B, 3, H, W] in [0, 1]. Returns logits [B, K], features [B, D] and, where the family
+        ends in one, the last feature map [B, C, h, w]."""
         image = batch["image"]
         assert image.is_floating_point(), "uint8 images must go through Augment first"
         image = (image - self.mean) / self.std
         if self.feature_dim is None:
             return {"logits": self.net(image)}
-        features = self.net.forward_head(self.net.forward_features(image), pre_logits=True)
+        last = self.net.forward_features(image)
+        features = self.net.forward_head(last, pre_logits=True)
         logits = self.net.get_classifier()(self._drop(features))
-        return {"logits": logits, "features": features}
+        is_map = last.ndim == 4 and "NHWC" not in str(getattr(self.net, "output_fmt", "NCHW"))
+        return {"logits": logits, "features": features, **({"map": last} if is_map else {})}
 
     def train(self, mode: bool = True) -> TimmModel:
         """As ever, but what is frozen as a whole stays in eval mode, so that its BatchNorm stays put."""
@@ -199,10 +202,7 @@ class TimmModel(nn.Module):
         if self._grad_checkpointing:
             _count_batches_once(self.net)
         if mode:
-            for module in self.net.modules():
-                parameters = list(module.parameters())
-                if parameters and not any(p.requires_grad for p in parameters):
-                    module.eval()
+            rest_frozen(self.net)
         return self
 
     def head_parameter_names(self) -> list[str]:
@@ -376,31 +376,48 @@ def forget_rows(model: nn.Module, head: Iterable[str], rows: Iterable[int]) -> N
         state[name][rows] = 0.0
 
 
-def freeze(model: TimmModel, all_but_last_blocks: int | None) -> list[str]:
+def rest_frozen(net: nn.Module) -> None:
+    """Put what is frozen as a whole into eval mode: its BatchNorm keeps its statistics, its dropout drops nothing."""
+    for module in net.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            module.eval()
+
+
+def freeze(model: nn.Module, all_but_last_blocks: int | None) -> list[str]:
     """Let only the head and the last `all_but_last_blocks` blocks train; null freezes nothing, 0 all blocks.
 
-    Blocks are timm's own finest groups (a residual block, an inverted bottleneck, a transformer block).
-    What stands before the first is frozen, what stands after the last (a last convolution, a norm, the
-    classifier) trains. BatchNorm inside a frozen part keeps its statistics: see `TimmModel.train`.
+    Blocks are the model's own, by its `layer_of()`; of a TimmModel timm's finest groups (a residual block, an
+    inverted bottleneck, a transformer block). What stands before the first is frozen, what stands after the last (a
+    last convolution, a norm, the classifier) trains. BatchNorm inside a frozen part keeps its statistics where the
+    model's `train` sees to it: see `rest_frozen`.
 
     Returns the names of the frozen parameters. Raises UserError if there are fewer blocks.
     """
     if all_but_last_blocks is None:
         return []
     key, last = "model.freeze.all_but_last_blocks", all_but_last_blocks
-    block_of, blocks = _blocks(model.net, model.head_parameter_names())
+    named = getattr(model, "name", type(model).__name__)
+    layer_of: dict[str, int] = getattr(model, "layer_of", dict)()
+    blocks = max(layer_of.values(), default=1) - 1
     if last > 0 and not blocks:
-        raise UserError(f"{key}: timm names no blocks in {model.name}, got {last}; use 0 or null")
+        who = "timm" if isinstance(model, TimmModel) else "its class"
+        raise UserError(f"{key}: {who} names no blocks in {named}, got {last}; use 0 or null")
     if not 0 <= last <= blocks:
         raise UserError(
-            f"{key} must be from 0 to {blocks}, the number of blocks of {model.name}, got {last}; "
+            f"{key} must be from 0 to {blocks}, the number of blocks of {named}, got {last}; "
             "null lets everything train"
         )
-    frozen = []
-    for name, parameter in model.net.named_parameters():
-        if block_of[name] <= blocks - last:
-            parameter.requires_grad_(False)
-            frozen.append(f"net.{name}")
+    if not layer_of:
+        head = set(getattr(model, "head_parameter_names", list)())
+        layer_of = {name: int(name in head) for name, _ in model.named_parameters()}
+    if max(layer_of.values()) == 0:
+        raise UserError(
+            f"{key} must be null for {named}, whose class does not tell its head (head_parameter_names), got {last}"
+        )
+    frozen = [n for n, _ in model.named_parameters() if layer_of[n] <= blocks - last]
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
     model.train(model.training)
     return frozen
 

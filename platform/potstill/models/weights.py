@@ -159,7 +159,8 @@ def init_from(model: Any, source: str | Path, classes: Sequence[str]) -> InitRep
 
     The backbone is taken over as a whole. Of the classifier, rows of classes with the same name are
     copied and the others start from zero (see `forget_rows`). A run names its classes, a file does in `classes` (safetensors:
-    metadata, JSON); a classifier whose classes have no names is left out, whatever its shape.
+    metadata, JSON); a classifier whose classes have no names is left out, whatever its shape, unless the model knows
+    what those of such a file are (`file_classes`, as PatchModel does).
 
     Raises UserError where less than half of the backbone is in the source (another architecture), or
     a tensor of it has another shape. The model is then as it was.
@@ -195,6 +196,9 @@ def init_from(model: Any, source: str | Path, classes: Sequence[str]) -> InitRep
 
     taken, mismatched, rows, kept = set(matched), set[str](), [], list[str]()
     found = sorted(head & state.keys())
+    of_model: Sequence[str] = getattr(model, "file_classes", ())
+    if known is None and found and len(state[found[0]]) == len(of_model):
+        known = list(of_model)
     if known is not None and found:
         if any(len(state[n]) != len(known) for n in found):
             raise UserError(
@@ -257,7 +261,32 @@ def load_run_state(model: nn.Module, run_dir: Path, which: str | runs.Checkpoint
     Raises UserError where there is no such checkpoint, or where names or shapes differ.
     """
     checkpoint = runs.pick_checkpoint(run_dir, which) if isinstance(which, str) else which
-    state, target = _by_plain_name(checkpoint.model_state()), _by_plain_name(model.state_dict())
+    state = _by_plain_name(checkpoint.model_state())
+    if differing := _load_whole(model, state):
+        raise UserError(
+            f"{checkpoint.folder} must fit the model that {run_dir / 'config.yaml'} describes, got {len(differing)} "
+            f"tensors that differ: {_some(differing)}; use the versions in {run_dir / 'run.json'}"
+        )
+
+
+def load_file_state(model: nn.Module, path: str | Path, key: str = "teacher.weights") -> None:
+    """Load a weights file into a model to the last tensor, its classifier among them, on whatever device it stands.
+
+    BatchNorm's count of batches may be missing. Raises UserError where the file cannot be read (see load_weights), or
+    where names or shapes differ.
+    """
+    state, own = load_weights(path, key), _by_plain_name(model.state_dict())
+    counts = {n: t for n, t in own.items() if n.endswith("num_batches_tracked")}
+    if differing := _load_whole(model, {**counts, **state}):
+        raise UserError(
+            f"{key} must be weights of {getattr(model, 'name', type(model).__name__)}, got {path}, with {len(differing)} "
+            f"tensors that differ: {_some(differing)}; name the model that it was trained as (teacher.model)"
+        )
+
+
+def _load_whole(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """What differs; the model has these weights only where nothing does."""
+    target = _by_plain_name(model.state_dict())
     differing = [f"missing {n}" for n in sorted(target.keys() - state.keys())]
     differing += [f"unexpected {n}" for n in sorted(state.keys() - target.keys())]
     differing += [
@@ -265,14 +294,11 @@ def load_run_state(model: nn.Module, run_dir: Path, which: str | runs.Checkpoint
         for n in sorted(target.keys() & state.keys())
         if state[n].shape != target[n].shape
     ]
-    if differing:
-        raise UserError(
-            f"{checkpoint.folder} must fit the model that {run_dir / 'config.yaml'} describes, got {len(differing)} "
-            f"tensors that differ: {_some(differing)}; use the versions in {run_dir / 'run.json'}"
-        )
-    with torch.no_grad():
-        for name, tensor in target.items():
-            tensor.copy_(state[name])
+    if not differing:
+        with torch.no_grad():
+            for name, tensor in target.items():
+                tensor.copy_(state[name])
+    return differing
 
 
 # ------------------------------------------------------------------------------------------- numbers
