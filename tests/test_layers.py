@@ -69,7 +69,13 @@ def test_walls(path: Path):
         assert ours <= ALLOWED[part] | BELOW_ALL
 
 
-@pytest.mark.parametrize("name", sorted(BELOW_ALL | {"fit", "cluster", "quickstart"}))
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        BELOW_ALL
+        | {"fit", "cluster", "quickstart", "gate", "distil", "term_weights", "soft_labels"}
+    ),
+)
 def test_what_checks_a_users_mistake_does_not_wait_for_torch(name: str):
     slow = {"torch", "timm", "ray", "torchmetrics", "matplotlib", "aim", "pandas", "sklearn"}
     assert not {i.split(".")[0] for i, top in imported(SOURCE / f"{name}.py") if top} & slow

@@ -194,7 +194,8 @@ def test_what_another_loss_has_switched_off_does_not_get_in_the_way():
 @pytest.mark.parametrize("kind", ["multi_label", "binary"])
 def test_a_label_loss_takes_no_teacher_and_kl_has_a_form_for_every_kind(kind):
     with pytest.raises(
-        UserError, match=r"compares with labels, got teacher.logits; use hard_labels_sigmoid or kl_sigmoid"
+        UserError,
+        match=r"compares with labels, got teacher.logits; use hard_labels_sigmoid or kl_sigmoid",
     ):
         build_terms({"d": {"loss": "bce", "inputs": ["logits", "teacher.logits"]}}, kind)
     with pytest.raises(UserError, match="got kl; use kl_sigmoid"):

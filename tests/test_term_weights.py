@@ -87,7 +87,11 @@ def test_where_less_is_better_a_rise_is_the_collapse():
     assert it.after_epoch(0.5) is None
     first = it.after_epoch(0.55)
     back = it.after_epoch(0.76)
-    assert (first is not None and first.level == 1) and (back is not None and back.restored)
+    assert first is not None
+    assert first.level == 1
+    assert back is not None
+    assert back.restored
+    assert "val_loss rose from" in back.why
 
 
 @pytest.mark.parametrize(

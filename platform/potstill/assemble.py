@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from potstill import runs
 from potstill.config import (
     Config,
+    augment_seed,
     build,
     load_run_config,
     stage_configs,
@@ -102,7 +103,8 @@ def build_teachers(
         return [t.to(device=device, memory_format=layout) for t in teachers.values()]  # type: ignore[call-overload]
     for teacher in teachers.values():
         teacher.outputs = None
-    refuse_gaps({name: t.order.tolist() for name, t in teachers.items()}, classes, kind)
+    known = {name: t.order.tolist() for name, t in teachers.items()}
+    refuse_gaps(known, outputs_of(config, classes), kind)
     shares = [spec["weight"] for spec in specs.values()]
     ensemble = Ensemble(list(teachers.values()), shares, kind)
     return [ensemble.to(device=device, memory_format=layout)]  # type: ignore[call-overload]
@@ -267,6 +269,9 @@ def train_run(
     shapes, patches = _shapes(model, teachers, soft, image_px(config), device)
     for term in every:
         _bind_patches(term, patches)
+    torch.manual_seed(
+        config.loop.seed
+    )  # what was drawn so far depends on where the teacher's outputs come from
     projections = {n: p.to(device) for n, p in build_projections(every, shapes).items()}
     task = Task(model, terms[0], kind, projections)
     if config.scaling.sync_batchnorm and session.world_size > 1 and device.type == "cuda":
@@ -282,7 +287,7 @@ def train_run(
         Stage(
             epochs=part.loop.epochs,
             terms=of_stage,
-            augment=Augment(part.augment, config.data.decode.image_px, config.loop.seed),
+            augment=Augment(part.augment, config.data.decode.image_px, augment_seed(config)),
             begin=_beginning(part, task, of_stage, meant, batches.steps, device),
             patience=part.loop.patience,
             name=str((config.stages[i] if config.stages else {}).get("name") or ""),

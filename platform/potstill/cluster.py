@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def start_ray(num_cpus: int | None = None) -> bool:
@@ -30,3 +32,23 @@ def start_ray(num_cpus: int | None = None) -> bool:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     ray.init(num_cpus=num_cpus, include_dashboard=False, object_store_memory=512 * 2**20, **quiet)
     return True
+
+
+@contextmanager
+def quiet_ray_data() -> Iterator[None]:
+    """What Ray Data logs stays in its file; the console shows our lines only. To be called after start_ray."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    consoles = [h for h in logging.getLogger("ray.data").handlers if h.name == "console"]
+    levels = [h.level for h in consoles]
+    for handler in consoles:
+        handler.setLevel(logging.CRITICAL)
+    try:
+        with ray.data.DataContext.current(context):
+            yield
+    finally:
+        for handler, level in zip(consoles, levels, strict=True):
+            handler.setLevel(level)

@@ -125,6 +125,8 @@ class Augment:
     """Share of the frame's side that validation sees, from the centre; 0.875 suits crops of half the frame and more. Source: arXiv:1906.06423, timm --crop-pct"""
     views: int | None = None
     """How many different augmentations a sample has in all; null draws a new one at every occurrence. Source: arXiv:2106.05237"""
+    seed: int | None = None
+    """Of what is drawn; one number for runs of several loop.seed lets them share soft labels. null is loop.seed."""
     policy: str | None = None
     """rand-m9-n2-mstd0.5 (RandAugment) | trivial (TrivialAugment) | augmix-m3-w3 (AugMix) | a plug-in's; null is off. Source: arXiv:1909.13719, arXiv:2103.10158, arXiv:1912.02781, timm --aa"""
     erasing: float = 0.0
@@ -629,7 +631,7 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: str | None = N
 # Open dicts of the config, whose keys are not ours to list.
 OPEN = (
     *("model.kwargs", "task.terms", "optimizer.lrs", "optimizer.kwargs"),
-    *("teacher.model.", "teachers", "stages"),
+    *("teacher.model", "teachers", "stages"),
 )
 
 
@@ -890,6 +892,10 @@ def _or_null(check: Check) -> Check:
     return lambda v: v is None or test(v), rule.replace("must be", "must be null or", 1)
 
 
+EVEN_PX: Check = (
+    lambda v: 16 <= v <= 4096 and v % 2 == 0,
+    "must be an even number >= 16 and <= 4096",
+)
 GENERATORS = ("nearest", "bilinear", "transposed")
 TTA = ("none", "flip", "five_crop", "ten_crop")
 TASK_KINDS = ("single_label", "multi_label", "binary")
@@ -931,6 +937,7 @@ RULES: dict[str, Check] = {
     "augment.color": _number(0, 1),
     "augment.eval_crop": _number(0.1, 1),
     "augment.views": _number(1),
+    "augment.seed": _number(0),
     "teacher.temperature": _number(0, open_low=True),
     "teacher.classes": _one_of("same", "overlap"),
     "soft_labels.top_k": _number(1),
@@ -948,11 +955,11 @@ RULES: dict[str, Check] = {
     "fakes.generator": _one_of(*GENERATORS),
     "fakes.teacher_images": _number(24),
     "fakes.max_images": _number(24),
-    "fakes.px": _number(16, 4096),
+    "fakes.px": EVEN_PX,
     "fakes.jpeg_quality": _number(1, 100),
     "fakes.seed": _number(0),
     "generator": _one_of(*GENERATORS),
-    "px": _number(16, 4096),
+    "px": EVEN_PX,
     "jpeg_quality": _number(1, 100),
     "optimizer.lr": _number(0, open_low=True),
     "optimizer.head_lr": _number(0, open_low=True),
@@ -1042,6 +1049,18 @@ NODES: dict[str, tuple[Check, str]] = {
     "model.kwargs": (
         _or_null((_mapping(), "must be a mapping")),
         "Further arguments of timm.create_model, such as {channels: [16, 32, 64, 128]}.",
+    ),
+    "model.preprocessing": (
+        _one_of("raw", "npr", "right_diag"),
+        "ladeda9, tiny_ladeda: what the normalised image goes through: raw | npr (less its copy of half the resolution) | right_diag. Source: arXiv:2406.09398, arXiv:2312.10461",
+    ),
+    "model.input_scale": (
+        _number(0, open_low=True, kind="a number "),
+        "ladeda9, tiny_ladeda: what is then multiplied with; the published LaDeDa9 weights want 2/3.",
+    ),
+    "model.stem_momentum": (
+        _number(0, 1, open_low=True, kind="a number "),
+        "ladeda9, tiny_ladeda: momentum of the first BatchNorm; published: 0.001.",
     ),
     "model.freeze": (
         _or_null(
@@ -1233,6 +1252,7 @@ def validate(config: Any) -> None:
     registry.check("source", config.data.source)
     _check_task(config)
     _check_recipe(config)
+    _check_native(config)
     _check_stages(config)
     loop = config.loop
     if loop.micro_batch_size and loop.accumulate > 1:
@@ -1260,6 +1280,53 @@ def validate(config: Any) -> None:
     _check_teachers(config)
 
 
+NATIVE_PIXELS = ("ladeda9", "tiny_ladeda")
+"""Models that look for traces in pixels; a plug-in's class says so by `native_pixels = True`."""
+
+
+def reads_native_pixels(model: dict[str, Any]) -> bool:
+    """Whether a model node is of one that resampling would blind."""
+    target = model.get("_target_")
+    if target in NATIVE_PIXELS:
+        return True
+    plugin = target not in (None, "timm") and target in registry.names("model")
+    return plugin and getattr(registry.lookup("model", str(target)), "native_pixels", False)
+
+
+def _check_native(config: Config) -> None:
+    models = {"model": config.model, "teacher.model": config.teacher.model}
+    for key, model in models.items():
+        if reads_native_pixels(model):
+            refuse_resampling(config, f"{key}={model['_target_']}")
+
+
+def refuse_resampling(config: Config, because: str) -> None:
+    """Refuse whatever would wipe out, or add, traces in the pixels. `because`: who reads them.
+
+    Raises UserError that names the key.
+    """
+    augment, decode = config.augment, config.data.decode
+    wanted: dict[str, tuple[Any, Any]] = {
+        "data.decode.fit": (decode.fit, "native"),
+        "cache.format": (config.cache.format, "raw"),
+        "augment.image_px": (augment.image_px or decode.image_px, decode.image_px),
+        "augment.start_px": (augment.start_px, None),
+        "augment.crop_scale": (list(augment.crop_scale), [1.0, 1.0]),
+        "augment.rotate": (augment.rotate, 0.0),
+        "augment.color": (augment.color, 0.0),
+        "augment.policy": (augment.policy, None),
+        "augment.mixup": (augment.mixup, 0.0),
+        "augment.eval_crop": (augment.eval_crop, 1.0),
+        "augment.tta": (augment.tta if augment.tta != "flip" else "none", "none"),
+    }
+    for key, (value, needed) in wanted.items():
+        if value != needed:
+            raise UserError(
+                f"{key} must be {_as_written(needed)} for {because}, which looks for traces that resampling and another JPEG "
+                f"compression wipe out, got {_as_written(value)}; set {key}={_as_written(needed)}"
+            )
+
+
 def _check_stages(config: Config) -> None:
     """Every stage is a config of its own, and is checked as one."""
     if not config.stages:
@@ -1273,6 +1340,11 @@ def _check_stages(config: Config) -> None:
             validate(stage)
         except UserError as error:
             raise UserError(f"stages.{i}: {error}") from None
+
+
+def augment_seed(config: Config) -> int:
+    """Of what is drawn for a view of an image."""
+    return config.loop.seed if config.augment.seed is None else config.augment.seed
 
 
 def teacher_inputs(config: Config) -> dict[str, list[str]]:
@@ -1308,6 +1380,10 @@ def has_teacher(config: Config) -> bool:
 def _check_teachers(config: Config) -> None:
     """One teacher, several or none, and whether the terms have what they name."""
     teacher = config.teacher
+    if teacher.soft_labels:
+        from potstill.soft_labels import refuse_recipe
+
+        refuse_recipe(config)
     if teacher.run and teacher.weights:
         raise UserError(
             f"teacher.run and teacher.weights say the same thing: set one of them, got {teacher.run} and {teacher.weights}"
@@ -1365,6 +1441,9 @@ def _check_task(config: Config) -> None:
     metric_names.check(kind, chosen)
     monitors = metric_names.monitors(kind, chosen)
     check_weights(config.task["terms"], monitors)
+    for name, term in config.task["terms"].items():
+        if term["loss"] == "focal" and (alpha := term.get("alpha")) is not None and alpha > 1:
+            raise UserError(f"task.terms.{name}.alpha must be <= 1 with focal, got {alpha:g}")
     if config.loop.monitor not in monitors:
         remedy = "a metric of task.metrics is monitored as val_<name>"
         near = difflib.get_close_matches(config.loop.monitor, monitors, n=1)
@@ -1700,6 +1779,8 @@ def _documented(defaults: Any, job_name: str, prefix: str = "") -> Iterator[tupl
         if is_dataclass(value):
             yield from _documented(value, job_name, f"{key}.")
         elif key in NODES and isinstance(value, dict):
+            if text := texts.get(item.name):
+                yield key, value, text
             yield from _documented_node(key, job_name)
         else:
             yield key, value, texts.get(item.name, "")

@@ -146,6 +146,16 @@ def progress(
         say(f"{description}: {done:,.0f} in {duration(time.monotonic() - began)}", console=console)
 
 
+def said_of(record: Record) -> str:
+    """A change of level or of stage in words."""
+    if record["kind"] == "stage":
+        name = f" ({record['stage_name']})" if record["stage_name"] else ""
+        return f"Stage {record['stage']}/{record['stages']}{name}: {record['stage_epochs']} epochs"
+    what = "back at" if record["restored"] else "now at"
+    after = ", with the weights of that moment" if record["restored"] else ""
+    return f"Weight of {record['term']} {what} {record['weight']:g} (level {record['level']}){after}: {record['message']}"
+
+
 class EpochPrinter:
     """Follows a run's journal: a bar while an epoch's steps arrive (terminals only), then its lines."""
 
@@ -245,6 +255,14 @@ class EpochPrinter:
 
     def _title(self, key: str, top_k: int) -> str:
         return metric_names.title(key, self._kind, top_k).removesuffix(" accuracy")
+
+    def _on_level(self, record: Record) -> None:
+        self.close()
+        self._say(said_of(record), "yellow" if record["restored"] else "cyan")
+
+    def _on_stage(self, record: Record) -> None:
+        self.close()
+        self._say(said_of(record), "bold")
 
     def _on_note(self, record: Record) -> None:
         self._say(record["message"])

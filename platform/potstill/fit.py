@@ -26,6 +26,8 @@ from potstill.config import (
     from_dict,
     has_teacher,
     load_run_config,
+    reads_native_pixels,
+    refuse_resampling,
     resolved,
     stage_configs,
     teacher_specs,
@@ -164,6 +166,11 @@ def _refuse_before_start(config: Config, run_dir: Path, plan: Plan) -> None:
             f"model.init_from must be a run's folder or a weights file, got {source!r}, which does not exist"
         )
     _refuse_teachers(config, plan.rows.classes)
+    if config.teacher.soft_labels:
+        from potstill.soft_labels import SoftLabels
+
+        soft = SoftLabels.open(config.teacher.soft_labels, config.cache.verify)
+        soft.check(config, plan, plan.rows.classes)
 
 
 def _refuse_teachers(config: Config, classes: Sequence[str]) -> None:
@@ -191,6 +198,8 @@ def _refuse_teachers(config: Config, classes: Sequence[str]) -> None:
             raise UserError(
                 f"{key}.run must do the student's kind of task ({kind}), got {spec['run']}, which does {theirs}"
             )
+        if reads_native_pixels(load_run_config(teacher).model):
+            refuse_resampling(config, f"{key}.run={teacher.name}")
         theirs = runs.read_json(teacher / "run.json")["classes"]
         overlap = spec["classes"] == "overlap"
         known[name] = match_classes(theirs, classes, spec["run"], overlap, key)

@@ -90,14 +90,28 @@ def report(run_dir: Path, summary: Record | None = None) -> list[Path]:
     for name, draw in drawings.items():
         pictures[name] = png(draw())
         runs.atomic_write(run_dir / "plots" / f"{name}.png", pictures[name])
+    heatmaps = _heatmaps(run_dir) if found is not None else None
+    if isinstance(heatmaps, Path):
+        pictures["heatmaps"] = heatmaps.read_bytes()
     page = run_dir / "report.html"
     if summary is None:
         path = run_dir / "summary.json"
         summary = runs.read_json(path) if path.exists() else {}
     assert summary is not None
-    content = _page(run_dir, about, records, epochs, found or missing, pictures, summary)
+    without = heatmaps if isinstance(heatmaps, str) else ""
+    content = _page(run_dir, about, records, epochs, found or missing, pictures, summary, without)
     runs.atomic_write(page, content)
     return [*(run_dir / "plots" / f"{name}.png" for name in pictures), page]
+
+
+def _heatmaps(run_dir: Path) -> Path | str | None:
+    """Their file, why there is none, or None where the model has no patches."""
+    from potstill.heatmaps import write_heatmaps
+
+    try:
+        return write_heatmaps(run_dir)
+    except (UserError, OSError, KeyError) as error:
+        return str(error)
 
 
 # -------------------------------------------------------------------------------------- predictions
@@ -686,8 +700,9 @@ def _page(
     found: Predictions | str,
     pictures: dict[str, bytes],
     summary: Record,
+    no_heatmaps: str = "",
 ) -> str:
-    """`found`: the best epoch's validation predictions, or why there are none."""
+    """`found`: the best epoch's validation predictions, or why there are none. `no_heatmaps`: why they are missing."""
     from datetime import datetime
 
     text = html.escape
@@ -824,6 +839,10 @@ def _page(
         parts += [picture("confusion_matrix"), picture("curves")]
         parts += _class_table(found, about["classes"])
         parts += ["<h2>Calibration</h2>", f'<div class="pair">{picture("reliability")}</div>']
+    if "heatmaps" in pictures:
+        parts += ["<h2>Where it sees it</h2>", picture("heatmaps")]
+    elif no_heatmaps:
+        parts.append(f'<p class="muted">No heat maps: {text(no_heatmaps)}</p>')
     parts += ["<h2>This run</h2>", '<div class="scroll"><table>']
     parts += [
         f'<tr><td>{text(str(name))}</td><td class="text">{text(str(value))}</td></tr>'

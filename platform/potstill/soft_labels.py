@@ -20,7 +20,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import logging
 import math
 import os
 import shutil
@@ -37,14 +36,16 @@ import numpy as np
 from potstill import console, runs
 from potstill.config import (
     Config,
+    augment_seed,
     from_dict,
     load_run_config,
+    resolved,
     stage_configs,
     teacher_inputs,
     teacher_specs,
     to_dict,
 )
-from potstill.data.cache import Cache, open_cache, shard_fault
+from potstill.data.cache import Cache, open_cache, shard_fault, write_batch
 from potstill.data.prepare import check, prepared
 from potstill.data.store import SPACE_MARGIN
 from potstill.errors import UserError
@@ -66,7 +67,7 @@ LARGEST = 65504.0  # of 16 bits
 # What an image is to its teacher does not depend on these, or they stand in the key by themselves.
 _NOT_SEEN = frozenset(
     (
-        *("image_px", "views", "eval_crop", "tta", "start_px", "grow_until"),
+        *("image_px", "views", "seed", "eval_crop", "tta", "start_px", "grow_until"),
         *("mixup", "cutmix", "mix_prob", "mix_switch_prob", "mix_off_epochs"),
     )
 )
@@ -189,7 +190,7 @@ def _about(
         "augment": _seen(config),
         "random": random,
         "views": (config.augment.views or 1) if random else 1,
-        "seed": config.loop.seed if random else None,
+        "seed": augment_seed(config) if random else None,
         "precision": config.loop.precision,
         "outputs": outputs,
         "top_k": config.soft_labels.top_k,
@@ -214,6 +215,7 @@ def soft_labels(config: Config) -> Path:
     """
     config = copy.deepcopy(config)
     config.teacher.soft_labels = None
+    _resolve_paths(config)
     refuse_recipe(config)
     _refuse_top_k(config)
     if not (teachers := _teachers_of(config)):
@@ -242,6 +244,19 @@ def soft_labels(config: Config) -> Path:
             cache = open_cache(found.cache_dir, config.cache.verify)
             _write(config, cache, about, columns, folder)
     return folder
+
+
+def _resolve_paths(config: Config) -> None:
+    """A worker may stand in another folder."""
+    config.cache.local_dir = resolved(config.cache.local_dir)
+    teacher = config.teacher
+    teacher.run, teacher.weights_dir = resolved(teacher.run), resolved(teacher.weights_dir) or ""
+    for node in config.teachers.values():
+        node["run"] = resolved(node.get("run"))
+        node["weights_dir"] = resolved(node.get("weights_dir", "weights"))
+    for node in (vars(teacher), *config.teachers.values()):
+        if node.get("weights") and Path(node["weights"]).expanduser().is_file():
+            node["weights"] = resolved(node["weights"])
 
 
 def _refuse_top_k(config: Config) -> None:
@@ -436,7 +451,7 @@ def _run(
     config: Config, job: dict[str, Any], shards: list[tuple[str, int, int]]
 ) -> Iterator[dict[str, Any]]:
     """Write shards on every GPU, or else on all cores; their descriptions, in the order in which they are done."""
-    from potstill.cluster import start_ray
+    from potstill.cluster import quiet_ray_data, start_ray
 
     ours = start_ray()  # before ray is imported: it reads its environment then
     import ray
@@ -453,7 +468,7 @@ def _run(
         job = {**job, "use_gpu": gpus > 0, "cpus": cpus, "path": sys.path}
         items = [{"name": name, "first": first, "end": end} for name, first, end in shards]
         given: dict[str, Any] = {"fn_kwargs": {"job": json.dumps(job)}, "num_cpus": cpus}
-        with _quiet_ray_data():
+        with quiet_ray_data():
             dataset = ray.data.from_items(items, override_num_blocks=len(items))
             if gpus:
                 # a task's process may be given another GPU the next time, an actor keeps its own
@@ -471,26 +486,6 @@ def _run(
     finally:
         if ours:  # training in this process wants the memory and the cores
             ray.shutdown()
-
-
-@contextmanager
-def _quiet_ray_data() -> Iterator[None]:
-    """What Ray Data logs stays in its file; the console shows our lines only."""
-    import ray.data
-
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    consoles = [h for h in logging.getLogger("ray.data").handlers if h.name == "console"]
-    levels = [h.level for h in consoles]
-    for handler in consoles:
-        handler.setLevel(logging.CRITICAL)
-    try:
-        with ray.data.DataContext.current(context):
-            yield
-    finally:
-        for handler, level in zip(consoles, levels, strict=True):
-            handler.setLevel(level)
 
 
 class _Actor:
@@ -547,7 +542,7 @@ class _Writer:
 
         config, cache, device, teachers = self._held
         reader, views, columns = cache.split("train"), self.job["views"], self.job["columns"]
-        augment = Augment(config.augment, config.data.decode.image_px, config.loop.seed)
+        augment = Augment(config.augment, config.data.decode.image_px, augment_seed(config))
         autocast = autocast_of(config.loop.precision, device)
         values = {
             field: np.empty((end - first, views, *shape), kind)
@@ -616,19 +611,8 @@ def _write_shard(
         buffers = [None, pa.py_buffer(array)]
         arrays.append(pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(ids), buffers))
     batch = pa.record_batch(arrays, names=["id", *values])
-    beside = folder / f".{name}.{os.getpid()}.tmp"
     try:
-        with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
-            writer.write_batch(batch)
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        description = {
-            "file": name,
-            "rows": len(ids),
-            "bytes": beside.stat().st_size,
-            "sha256": file_sha256(beside),
-        }
-        os.replace(beside, folder / name)
+        return write_batch(folder, name, batch)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
@@ -636,9 +620,6 @@ def _write_shard(
                 "and the same command goes on with the shards it has"
             ) from None
         raise
-    finally:
-        beside.unlink(missing_ok=True)
-    return description
 
 
 # ----------------------------------------------------------------------------------------- the reading
@@ -757,7 +738,8 @@ class SoftLabels:
             raise _refused(self.folder, f"is of another crop or augmentation ({shown})")
         if asked["seed"] != mine["seed"]:
             raise _refused(
-                self.folder, f"is of other crops (loop.seed {mine['seed']}, here {asked['seed']})"
+                self.folder,
+                f"is of other crops (augment.seed or loop.seed {mine['seed']}, here {asked['seed']})",
             )
         if asked["views"] > self.views:
             raise _refused(

@@ -89,8 +89,6 @@ def build_terms(
                 f"{key}.alpha must be null with focal and one class of several, got {options['alpha']:g}; use class_weights"
             )
         scope = "batch" if loss_name in distil_losses.BATCH_SCOPE else "sample"
-        if loss_name == "focal" and (options.get("alpha") or 0) > 1:
-            raise UserError(f"{key}.alpha must be <= 1 with focal, got {options['alpha']:g}")
         parameters = inspect.signature(loss).parameters.values()
         positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         if scope == "batch":

@@ -8,8 +8,9 @@ new attempt, and by `fill`, the run is emptied and told again under the same has
 
 Names in Aim. Per epoch, as in training_history.json, with context {"subset": "train" | "val"}: loss, top1_acc,
 top5_acc, macro_f1, the metrics that were chosen, lr, images_per_s, seconds, loss/<term>, weighted_loss/<term>. Per
-update: batch_loss, batch_lr, batch_images_per_s. Then warnings (text), predictions (images), confusion_matrix (figure;
-not of a multi-label task); attributes config, dataset, git, teacher_run, classes, versions, status, summary.
+update: batch_loss, batch_lr, batch_images_per_s. Then warnings (text), predictions (images), heatmaps (an image; of a
+patch model), confusion_matrix (figure; not of a multi-label task); attributes config, dataset, git, teacher_run,
+classes, versions, status, summary.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from potstill import runs
+from potstill.console import said_of
 from potstill.errors import UserError
 from potstill.metric_names import further, plain
 
@@ -216,6 +218,7 @@ class _AimRun:
         run["dataset"] = about["dataset"]
         run["git"] = {"commit": about["git_commit"], "dirty": about["git_dirty"]}
         run["teacher_run"] = about["teacher_run"]
+        run["teacher"] = _lineage(about)
         run["init_from"] = about["init_from"]
         run["classes"] = len(about["classes"])
         run["versions"] = about["versions"]
@@ -249,9 +252,13 @@ class _AimRun:
             for term, values in record.get("terms", {}).items():
                 self._metric(record, f"loss/{term}", values["loss"], "train")
                 self._metric(record, f"weighted_loss/{term}", values["weighted"], "train")
+                if "weight" in values:
+                    self._metric(record, f"weight/{term}", values["weight"], "train")
             self._text(record, record.get("warnings", []))
         elif kind == "warning":
             self._text(record, [record])
+        elif kind in ("level", "stage"):
+            self._text(record, [{"name": kind, "message": said_of(record)}])
         elif kind == "end":
             self.run["status"] = {key: record.get(key) for key in ("status", "reason", "best")}
 
@@ -298,6 +305,16 @@ class _AimRun:
                     self._put(at, "predictions", images, {"subset": "val", "kind": kind})
         except (OSError, ValueError, KeyError) as error:
             warn(f"no images with predictions, because the cache cannot be read ({error})")
+        self._heatmaps(at)
+
+    def _heatmaps(self, at: Record) -> None:
+        """What report.py has drawn, as it stands in report.html."""
+        from aim.sdk.objects.image import Image
+
+        path = self.run_dir / "plots" / "heatmaps.png"
+        if path.exists():
+            image = Image(str(path), caption="patch logits of validation images")
+            self._put(at, "heatmaps", [image], {"subset": "val"})
 
     def close(self) -> None:
         self.run.close()
@@ -331,6 +348,24 @@ class _AimRun:
         )
         chunk.subtree(("meta", "chunks", self.hash)).finalize(index=index)
         index["index_cache", self.hash] = checksum
+
+
+def _lineage(about: Record) -> Record:
+    """Whom a run has learned from: `run.teacher.run == "<name>"` finds its students."""
+    of, soft = about.get("teacher_run"), about.get("soft_labels")
+    known: Record = {}
+    with suppress(OSError, ValueError, TypeError):
+        known = runs.read_json(Path(of) / "aim.json")
+    several = {name: Path(run).name for name, run in (about.get("teachers") or {}).items() if run}
+    names = [*several.values(), Path(soft).name if soft else None, about["name"]]
+    return {
+        "run": Path(of).name if of else None,
+        "dir": of,
+        "aim_run": known.get("run"),
+        "soft_labels": soft,
+        "several": several,
+        "lineage": " -> ".join(name for name in names if name),
+    }
 
 
 def _heatmap(counts: Any, classes: list[str], max_classes: int = 100) -> Any:

@@ -74,7 +74,13 @@ def write_shard(
             pa.binary(record_bytes), rows, [None, pa.py_buffer(image)]
         )
     arrays = [pixels, *(pa.array(columns[name], kind) for name, kind in kinds.items())]
-    batch = pa.record_batch(arrays, names=["image", *kinds])
+    return write_batch(folder, name, pa.record_batch(arrays, names=["image", *kinds]))
+
+
+def write_batch(folder: Path, name: str, batch: pa.RecordBatch) -> dict[str, Any]:
+    """Write a file of one record batch beside its name, sync it, rename it. Returns {"file", "rows", "bytes", "sha256"}."""
+    import pyarrow as pa
+
     beside = folder / f".{name}.{os.getpid()}.tmp"
     try:
         with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
@@ -83,7 +89,7 @@ def write_shard(
             os.fsync(file.fileno())
         description = {
             "file": name,
-            "rows": rows,
+            "rows": batch.num_rows,
             "bytes": beside.stat().st_size,
             "sha256": file_sha256(beside),
         }

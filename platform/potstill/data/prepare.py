@@ -13,7 +13,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import pickle
 import sys
@@ -602,21 +601,13 @@ def _run(plan: Plan, shards: list[Shard]) -> Iterator[dict[str, Any]]:
 
 
 def _run_tasks(plan: Plan, rows: Rows, shards: list[Shard]) -> Iterator[dict[str, Any]]:
-    from potstill.cluster import start_ray
+    from potstill.cluster import quiet_ray_data, start_ray
 
     ours = start_ray()  # before ray is imported: it reads its environment then
     import ray.data
 
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    # what it logs stays in its file; the console shows our lines only
-    consoles = [h for h in logging.getLogger("ray.data").handlers if h.name == "console"]
-    levels = [h.level for h in consoles]
-    for handler in consoles:
-        handler.setLevel(logging.CRITICAL)
     try:
-        with ray.data.DataContext.current(context):
+        with quiet_ray_data():
             path = json.dumps(sys.path)
             items = [{"job": pickle.dumps(_job(plan, rows, s)), "sys_path": path} for s in shards]
             dataset = ray.data.from_items(items, override_num_blocks=len(items))
@@ -626,8 +617,6 @@ def _run_tasks(plan: Plan, rows: Rows, shards: list[Shard]) -> Iterator[dict[str
                     raise UserError(message)
                 yield description
     finally:
-        for handler, level in zip(consoles, levels, strict=True):
-            handler.setLevel(level)
         if ours:  # training in this process wants the memory and the cores
             ray.shutdown()
 
