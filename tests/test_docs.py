@@ -70,3 +70,19 @@ def test_every_page_that_is_linked_exists():
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
         assert Path(page).read_text().endswith("\n")
+
+
+def test_every_loss_of_a_teacher_stands_on_its_page():
+    from potstill.distil_losses import BATCH_SCOPE, LOSSES
+    from potstill.term_weights import KEYS
+
+    page = (DOCS / "distillation.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    for name in LOSSES:
+        assert any(f"`{name}`" in row and ("arXiv:" in row or "doi:" in row) for row in rows), name
+    for name in BATCH_SCOPE:
+        assert f"`{name}`" in page.split("compare samples with each other")[0].splitlines()[-1], (
+            name
+        )
+    for schedule in KEYS:
+        assert schedule in page

@@ -94,7 +94,9 @@ def outcome(tiny_tree, cache_dir, ray_session, tmp_path_factory):
             return order(shard_rows, seed, epoch, window_rows, counts)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Task, "forward", lambda task, b: passes.append(task) or forward(task, b))
+            patch.setattr(
+                Task, "forward", lambda task, *b: passes.append(task) or forward(task, *b)
+            )
             patch.setattr(batches, "epoch_order", ordered)
             train_run(config, found, session, torch.device("cpu"), 1, [])
         model = passes[0].model
@@ -138,6 +140,7 @@ PIXELS = {  # another picture, and so another loss, from the first epoch on; the
     "augment.grow_until": "model.name=test_resnet augment.start_px=16 augment.grow_until=1.0 loop.epochs=4 | "
     "model.name=test_resnet augment.start_px=16 augment.grow_until=0.25 loop.epochs=4",
     "augment.mix_off_epochs": "augment.mixup=0.8 augment.mix_off_epochs=1 | augment.mixup=0.8",
+    "augment.seed": "augment.seed=9",
     "augment.image_px": "model.name=test_resnet augment.image_px=24 | model.name=test_resnet",
 }
 ORDER = {  # other samples, or another order of them
@@ -238,6 +241,14 @@ ELSEWHERE = {
     "task.terms.<term>.inputs": "test_task: test_rows_without_a_label_teach_by_the_teacher_alone",
     "task.terms.<term>.temperature": "test_knobs: test_the_teachers_temperature",
     "teacher.temperature": "test_knobs: test_the_teachers_temperature",
+    "task.terms.<term>.beta": "test_knobs: test_how_a_teacher_teaches",
+    "task.terms.<term>.p": "test_knobs: test_how_a_teacher_teaches",
+    "task.terms.<term>.projection": "test_knobs: test_how_a_teacher_teaches",
+    "model.preprocessing": "test_patches: test_npr_by_hand_and_of_an_odd_size; "
+    "test_patches: test_the_right_diagonal_by_hand",
+    "model.input_scale": "test_patches: test_the_scale_of_the_input_is_that_of_the_first_kernel",
+    "model.stem_momentum": "test_patches: "
+    "test_the_large_ones_names_are_resnets_and_three_kernels_look_around",
 }
 
 
@@ -298,13 +309,38 @@ def test_the_monitor_decides_what_is_best(outcome):
     assert recall.best == [i == 0 or v > max(values[:i]) for i, v in enumerate(values)]
 
 
-def test_the_teachers_temperature(outcome, tiny):
+@pytest.fixture(scope="module")
+def taught(tiny_tree, cache_dir, tmp_path_factory, ray_session) -> tuple[str, str]:
+    """What makes a run a student of a teacher."""
+    from conftest import tiny_overrides
+
     from potstill.fit import fit
 
-    config = tiny("run.name=teacher")
-    fit(config)
-    distil = ("task=distil", f"teacher.run={Path(config.runs.dir) / 'teacher'}")
-    changed, plain = outcome(*distil, "teacher.temperature=1.5"), outcome(*distil)
+    runs_dir = tmp_path_factory.mktemp("taught")
+    base = tiny_overrides(tiny_tree, cache_dir, runs_dir)
+    fit(config_module.compose("train", [*base, "run.name=teacher"]))
+    return "task=distil", f"teacher.run={runs_dir / 'teacher'}"
+
+
+def test_the_teachers_temperature(outcome, taught):
+    changed, plain = outcome(*taught, "teacher.temperature=1.5"), outcome(*taught)
+    assert changed.rates == plain.rates
+    assert changed.val_loss != pytest.approx(plain.val_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("node", "option"),
+    [
+        ("{loss: dkd, inputs: [logits, teacher.logits, label]}", "beta=0.5"),
+        ("{loss: dist, inputs: [logits, teacher.logits]}", "beta=9.0"),
+        ("{loss: attention, inputs: [map, teacher.map]}", "p=4"),
+        ("{loss: feature_mse, inputs: [features, teacher.features]}", "projection=mlp"),
+    ],
+)
+def test_how_a_teacher_teaches(outcome, taught, node, option):
+    term = f"task.terms.more={node}"
+    changed = outcome(*taught, term, f"task.terms.more.{option}")
+    plain = outcome(*taught, term)
     assert changed.rates == plain.rates
     assert changed.val_loss != pytest.approx(plain.val_loss, rel=1e-6)
 

@@ -231,7 +231,6 @@ def test_without_anything_random_there_is_one_view(make, teacher, monkeypatch):
 
 def test_training_from_soft_labels_is_training_with_the_teacher(make, teacher, written):
     """Random crops and 2 views; unlabelled images learn from the teacher alone."""
-    shared = ["loop.epochs=3", "task.terms.features.projection=none"]
     online = make("run.name=online", *shared)
     soft = ["teacher.run=null", f"teacher.soft_labels={written}"]
     cached = make("run.name=cached", *shared, *soft)

@@ -237,6 +237,28 @@ def train_run(
 
     `findings` are warnings about the data that were found before; they go into the journal with ours.
     """
+    training, notes = build_training(config, cache_dir, session, device, attempt, findings)
+    model = training.task.model
+    facts = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "soft_labels": config.teacher.soft_labels,
+    }
+    return training.run(notes, facts)
+
+
+def build_training(
+    config: Config,
+    cache_dir: Path,
+    session: Session,
+    device: torch.device,
+    attempt: int = 1,
+    findings: Sequence[dict[str, str]] = (),
+) -> tuple[Training, list[str]]:
+    """The training that a config names, ready to run, and what there is to say about how it was built.
+
+    Raises UserError for whatever does not go together.
+    """
     cache = open_cache(cache_dir, local_dir=config.cache.local_dir, max_gb=config.cache.max_gb)
     torch.manual_seed(config.loop.seed)
     # a run that goes on has its weights from its checkpoint; where they once came from may be gone
@@ -309,12 +331,7 @@ def train_run(
         attempt=attempt,
         standing=[*findings, *check_labels(counts, cache.classes)],
     )
-    facts = {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "soft_labels": config.teacher.soft_labels,
-    }
-    return training.run(notes, facts)
+    return training, notes
 
 
 def _beginning(
@@ -403,8 +420,12 @@ def _try_terms(task: Task, terms: Sequence[Term], shapes: Mapping[str, Sequence[
 
 def _check_smaller_sizes(config: Config, model: nn.Module, said: str) -> None:
     """Whether a model takes every size that progressive training goes through. `said`: its name."""
-    epochs, whole, start_px = config.loop.epochs, image_px(config), config.augment.start_px
-    sizes = {progressive_px(config.augment, whole, epoch, epochs) for epoch in range(epochs)}
+    whole, start_px = image_px(config), config.augment.start_px
+    sizes = {
+        progressive_px(part.augment, image_px(part), epoch, part.loop.epochs)
+        for part in stage_configs(config)
+        for epoch in range(part.loop.epochs)
+    }
     was_training = model.training
     model.eval()
     px = 0
@@ -414,7 +435,7 @@ def _check_smaller_sizes(config: Config, model: nn.Module, said: str) -> None:
                 model({"image": torch.zeros(1, 3, px, px)})
     except (AssertionError, RuntimeError) as error:
         raise UserError(
-            f"augment.start_px must lead to sizes that the model and its teacher take, got {start_px}, where images have "
+            f"augment.start_px and stages must lead to sizes that the model and its teacher take, got {start_px}, where images have "
             f"{px} px in some epoch: {said} does not take them ({str(error).splitlines()[0]}); set augment.start_px=null"
         ) from None
     finally:

@@ -236,6 +236,8 @@ class _AimRun:
             self.track(record)
 
     def track(self, record: Record) -> None:
+        from aim.sdk.objects.text import Text
+
         kind, self.last_time = record["kind"], record["time"]
         if kind == "step":
             for key in ("loss", "lr", "images_per_s"):
@@ -258,7 +260,7 @@ class _AimRun:
         elif kind == "warning":
             self._text(record, [record])
         elif kind in ("level", "stage"):
-            self._text(record, [{"name": kind, "message": said_of(record)}])
+            self._put(record, "course", Text(said_of(record)), {"kind": kind})
         elif kind == "end":
             self.run["status"] = {key: record.get(key) for key in ("status", "reason", "best")}
 
@@ -354,8 +356,8 @@ def _lineage(about: Record) -> Record:
     """Whom a run has learned from: `run.teacher.run == "<name>"` finds its students."""
     of, soft = about.get("teacher_run"), about.get("soft_labels")
     known: Record = {}
-    with suppress(OSError, ValueError, TypeError):
-        known = runs.read_json(Path(of) / "aim.json")
+    with suppress(OSError, ValueError):
+        known = runs.read_json(Path(of) / "aim.json") if of else {}
     several = {name: Path(run).name for name, run in (about.get("teachers") or {}).items() if run}
     names = [*several.values(), Path(soft).name if soft else None, about["name"]]
     return {
