@@ -330,3 +330,34 @@ def test_without_aim_it_is_said_once(tmp_path, monkeypatch):
     assert "Aim is not installed" in said[0]
     with pytest.raises(UserError, match="Aim is not installed"):
         fill(tmp_path / "oaks", tmp_path)
+
+
+def test_levels_stages_and_where_a_student_comes_from(tmp_path):
+    """Every change of level or stage is a text, every weight a metric, and a teacher finds its students."""
+    records = whole_journal(3)
+    at = next(r for r in records if r["kind"] == "epoch")
+    at["terms"] = {"distil": {"loss": 2.0, "weighted": 0.1, "weight": 0.05}}
+    about = {"attempt": 1, "step": at["step"], "time": at["time"], "epoch": 1}
+    level = {"kind": "level", "term": "distil", "level": 2, "weight": 0.05, "restored": False}
+    stage = {"kind": "stage", "stage": 2, "stages": 2, "stage_name": "slow", "stage_epochs": 20}
+    place = records.index(at) + 1
+    records[place:place] = [
+        {**about, **level, "message": "val_auc has reached 0.7 (0.7100)"},
+        {**about, **stage},
+    ]
+    run_dir = make_run(tmp_path, records, classes=CLASSES, guesses=predictions(4))
+    known = runs.read_json(run_dir / "run.json")
+    taught = {
+        "teacher_run": str(tmp_path / "old_oak"),
+        "teachers": {"teacher": str(tmp_path / "old_oak")},
+        "soft_labels": str(tmp_path / "soft" / "abc123"),
+    }
+    runs.write_json(run_dir / "run.json", known | taught)
+    fill(run_dir, tmp_path / "aim")
+    (found,) = read_aim(tmp_path / "aim", "run.teacher.run == 'old_oak'").values()
+    assert found["attributes"]["teacher"]["lineage"] == f"old_oak -> abc123 -> {run_dir.name}"
+    assert points(found, "weight/distil/train") == {at["step"]: 0.05}
+    assert found["objects"]["course/level"][1] == (
+        "Weight of distil now at 0.05 (level 2): val_auc has reached 0.7 (0.7100)"
+    )
+    assert found["objects"]["course/stage"][1] == "Stage 2/2 (slow): 20 epochs"
