@@ -36,8 +36,8 @@ EXPERIMENTS = sorted(p.stem for p in (config.CONF_DIR / "experiment").glob("*.ya
             r"schedule\.warmup_epochs must be < loop\.epochs \(10\), got 10",
         ),
         ("task=distil", r"teacher\.run must name the folder of a trained run.*add teacher\.run="),
-        ("task.terms.task.weight=-1", r"task\.terms\.task\.weight must be a number >= 0, got -1"),
-        ("model._target_=os.system", r"model\._target_ must be one of timm, got 'os\.system'"),
+        ("task.terms.task.weight=-1", r"task\.terms\.task\.weight must be a number >= 0, or a mapping with schedule, got -1"),
+        ("model._target_=os.system", r"model\._target_ must be one of ladeda9, timm, tiny_ladeda, got 'os\.system'"),
         ("just-a-word", r"an argument must be key=value, got 'just-a-word'"),
         ("loop.epochs=(3", r"loop\.epochs=\(3 was refused"),
         ("data.classes=[]", r"data\.classes must name at least one class, got \[\]; null takes"),
@@ -55,8 +55,8 @@ EXPERIMENTS = sorted(p.stem for p in (config.CONF_DIR / "experiment").glob("*.ya
             "optimizer.betas=[-0.1,0.9]",
             r"optimizer\.betas must be two or three numbers >= 0 and < 1, got",
         ),
-        ("model=null", r"model must be one of plugin, timm, got 'null'"),
-        ("model=5", r"model must be one of plugin, timm, got '5'"),
+        ("model=null", r"model must be one of ladeda9, plugin, timm, tiny_ladeda, got 'null'"),
+        ("model=5", r"model must be one of ladeda9, plugin, timm, tiny_ladeda, got '5'"),
         ("~model", r"model must be a mapping with _target_, got \{\}; use model=timm"),
         ("model.name=null", r"model\.name must be text, got null; such as"),
         ("model.pretrained=maybe", r"model\.pretrained must be true or false, got 'maybe'"),
@@ -106,7 +106,7 @@ EXPERIMENTS = sorted(p.stem for p in (config.CONF_DIR / "experiment").glob("*.ya
         ),
         (
             "task.terms.task.weight=true",
-            r"task\.terms\.task\.weight must be a number >= 0, got true",
+            r"task\.terms\.task\.weight must be a number >= 0, or a mapping with schedule, got true",
         ),
         (
             "task.terms.task.label_smoothing=1.5",
@@ -351,3 +351,55 @@ def test_options_of_a_plugins_loss_are_its_own_affair(monkeypatch):
     assert compose("train", ["data.root=x", node]).task["terms"]["task"]["alpha"] == 5.0
     with pytest.raises(UserError, match=r"task\.terms\.task\.alpha must be"):
         compose("train", ["data.root=x", node.replace("mine", "focal")])
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ("[{}]", r"stages\.0\.epochs must be an integer >= 1, got None"),
+        ("[{epochs: 0}]", r"stages\.0\.epochs must be an integer >= 1, got 0"),
+        ("[5]", r"the config was refused: Cannot assign int to Dict"),
+        ("[{epochs: 2, termz: {}}]", r"stages\.0\.termz is not a key.*did you mean terms"),
+        ("[{epochs: 2, terms: [1]}]", r"stages\.0\.terms must be a mapping"),
+        ("[{epochs: 2, terms: {task: 5}}]", r"stages\.0\.terms\.task must be a mapping, or null"),
+        ("[{epochs: 2, optimizer: 3}]", r"stages\.0\.optimizer must be a mapping"),
+        ("[{epochs: 1}, {epochs: 2, optimizer: {lr: -1}}]", r"stages\.1: optimizer\.lr must be"),
+        ("[{epochs: 2, optimizer: {momentun: 1}}]", r"optimizer\.momentun is not.*did you mean"),
+        ("[{epochs: 2, augment: {views: 3}}]", r"stages\.0\.augment\.views must not be set"),
+        ("[{epochs: 2, terms: {task: null}}]", r"stages\.0: task\.terms must be"),
+    ],
+)
+def test_stages_that_cannot_be(stages, said):
+    with pytest.raises(UserError, match=said):
+        compose("train", ["data.root=x", f"stages={stages}"])
+
+
+def test_the_stages_say_how_many_epochs_there_are():
+    stages = (
+        "stages=[{epochs: 2}, {epochs: 3, optimizer: {lr: 0.1}, freeze: {all_but_last_blocks: 0}}]"
+    )
+    composed = compose("train", ["data.root=x", stages])
+    assert composed.loop.epochs == 5
+    first, second = config.stage_configs(composed)
+    assert (first.optimizer.lr, second.optimizer.lr, second.loop.epochs) == (1e-3, 0.1, 3)
+    assert second.model["freeze"] == {"all_but_last_blocks": 0}
+    with pytest.raises(UserError, match=r"loop\.epochs is what the stages make together"):
+        compose("train", ["data.root=x", stages, "loop.epochs=9"])
+
+
+def test_a_student_without_its_teacher_is_told_where_to_get_one():
+    with pytest.raises(UserError, match=r"add teacher\.run=runs/<name>, or let jobs/distil\.py"):
+        compose("train", ["experiment=realfake", "data.root=x"])
+    compose("distil", ["experiment=realfake", "data.root=x"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["augment.rotate=5", "data.decode.fit=pad", "cache.format=jpeg", "augment.mixup=0.2"],
+)
+def test_what_would_wipe_out_pixel_traces_is_refused(override):
+    with pytest.raises(UserError, match=rf"{override.split('=')[0]} must be .* for model=ladeda9"):
+        compose("train", ["experiment=realfake_teacher", "data.root=x", override])
+    several = ["teachers.a.weights=w.pth", "teachers.a.model={_target_: ladeda9}", "task=distil"]
+    with pytest.raises(UserError, match=r"for teachers\.a\.model=ladeda9"):
+        compose("train", ["data.root=x", *several])

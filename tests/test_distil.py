@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import run_job, tiny_overrides, write_tree
+from conftest import ROOT, run_job, tiny_overrides, write_tree
 from potstill import distil as path
 from potstill import runs
 from potstill.config import Config, compose
@@ -171,6 +173,186 @@ def test_the_whole_path_over_three_seeds(student, conf, worked, capsys):
     path.distil(student("run.name=whole", "optimizer.lr=2e-3", "distil.metric=val_loss"), str(conf))
     assert worked == [], "all of it was measured"
 
+    flipped = student("run.name=whole", "augment.tta=flip", *ONE_SEED)
+    path.distil(flipped, str(conf))
+    assert "evaluate-alone-s0" in worked, "what is measured is another thing"
+    sums = [
+        _sha256(Path(c["runs"]["alone"]["0"])) for c in (result, read(flipped, "comparison.json"))
+    ]
+    worked.clear()
+    path.distil(student("run.name=whole", *ONE_SEED), str(conf))
+    assert sums[0] == sums[1], "the same weights"
+    assert {"evaluate-alone-s0", "evaluate-distilled-s0"} <= set(worked)
+
+
+def _sha256(run: Path) -> str:
+    return runs.best_checkpoint(run).meta["sha256"]["model.safetensors"]
+
+
+def test_a_comparison_of_an_earlier_config_is_taken_away(student, conf, worked):
+    config = student("run.name=outdated", *ONE_SEED)
+    path.distil(config, str(conf))
+    folder = Path(config.runs.dir) / "outdated"
+    assert {f.name for f in folder.glob("comparison.*")} == set(path.COMPARISON)
+    STOP[:] = ["alone-s0"]
+    with pytest.raises(Stopped):
+        path.distil(student("run.name=outdated", "optimizer.lr=2e-3", *ONE_SEED), str(conf))
+    assert not list(folder.glob("comparison.*"))
+
+
+def test_verified_and_compared_on_test_but_diagnosed_on_val(student, conf, worked, tmp_path):
+    tree = write_tree(tmp_path / "tree", train=12, val=4, seed=5)
+    write_tree(tmp_path / "more", train=1, val=6, seed=6)
+    shutil.move(tmp_path / "more" / "val", tree / "test")
+    config = student("run.name=tested", f"data.root={tree}", "distil.subset=test", *ONE_SEED)
+    result = path.distil(config, str(conf))
+    assert worked[:3] == ["teacher", "diagnose-teacher", "verify-teacher"], (
+        "it needs no fine-tuning"
+    )
+    gate = read(config, "gate.json")
+    assert (gate["data"]["diagnosed_on"], gate["data"]["verified_on"]) == ("val", "test")
+    judged = gate["teachers"]["teacher"]
+    told = {k: (judged[k]["subset"], judged[k]["samples"]) for k in ("diagnose", "verify")}
+    assert told == {"diagnose": ("val", 8), "verify": ("test", 12)}
+    assert judged["finetuned"] is None
+    assert (result["measured_on"]["subset"], result["measured_on"]["samples"]) == ("test", 12)
+    assert result["models"]["teacher"]["value"] == judged["verify"]["metrics"]["auc"]
+
+
+def once(monkeypatch, module, name: str, after: int) -> None:
+    """Let this function stop the path when it is called for the n-th time, and never again."""
+    real, calls = getattr(module, name), [0]
+
+    def stopping(*arguments, **options):
+        calls[0] += 1
+        if calls[0] == after:
+            raise Stopped(f"stopped inside {name}")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, name, stopping)
+
+
+def interrupt_in(runs_dir: Path, run: str) -> threading.Thread:
+    """Ctrl-C as soon as an epoch of this run is done."""
+
+    def interrupt() -> None:
+        until = time.monotonic() + 120
+        while time.monotonic() < until:
+            for journal in runs_dir.glob(f"{run}-*/journal.jsonl"):
+                if '"kind":"epoch"' in journal.read_text():
+                    os.kill(os.getpid(), signal.SIGINT)
+                    return
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    return thread
+
+
+@pytest.mark.slow
+def test_stopped_inside_a_step_the_same_command_goes_on(
+    student, conf, worked, monkeypatch, tmp_path
+):
+    """In the midst of the sets of fakes, of the soft labels, of a student's training and of an evaluation."""
+    from potstill import evaluation, soft_labels
+    from potstill.data import fakes
+    from test_fakes import write_images
+
+    monkeypatch.setattr(path, "FEWEST_SEEDS", 1)
+    photos = write_images(tmp_path / "photos", {"a": 60}, size=(48, 40))
+    config = student(
+        *("run.name=inside", "distil.seeds=[0]", "data.root=null", "data.classes=null"),
+        *("distil.soft_labels=true", "augment.views=2", "loop.epochs=30", "gate.good=0.02"),
+        *("gate.marginal=0.01", f"soft_labels.dir={tmp_path / 'soft'}", "fakes.px=32"),
+        *(f"fakes.images={photos}", f"fakes.dir={tmp_path / 'sets'}"),
+        *("fakes.teacher_images=40", "fakes.max_images=80"),
+    )
+
+    def stopped(step: str, begun: list[str]) -> None:
+        worked.clear()
+        with pytest.raises(Stopped):
+            path.distil(config, str(conf))
+        assert worked == begun
+        found = read(config, "steps.json")
+        assert list(found)[-1] == step
+        assert (found[step]["status"], found[step]["result"]) == ("stopped", None)
+
+    once(monkeypatch, fakes, "_encoded", after=50)  # of the second set
+    stopped("fakes", ["fakes"])
+    assert len(list((tmp_path / "sets").glob("*/fakes.json"))) == 1
+    monkeypatch.setattr(soft_labels, "SMALL_SHARD_ROWS", 16)
+    real = soft_labels._run
+
+    def some(*arguments):
+        for n, description in enumerate(real(*arguments)):
+            if n == 2:
+                raise Stopped("stopped after two shards")
+            yield description
+
+    monkeypatch.setattr(soft_labels, "_run", some)
+    stopped("soft-labels", ["fakes", "teacher", "diagnose-teacher", "soft-labels"])
+    monkeypatch.setattr(soft_labels, "_run", real)
+    assert not list((tmp_path / "soft").glob("*/manifest.json"))
+    thread = interrupt_in(Path(config.runs.dir), "inside-alone-s0")
+    stopped("alone-s0", ["soft-labels", "alone-s0"])
+    thread.join()
+    (run_dir,) = Path(config.runs.dir).glob("inside-alone-s0-*")
+    assert runs.last_attempt(run_dir) == 1
+    once(monkeypatch, evaluation, "measure", after=2)  # the first is of the student alone
+    begun = ["alone-s0", "distilled-s0", "evaluate-alone-s0", "evaluate-distilled-s0"]
+    stopped("evaluate-distilled-s0", begun)
+    assert runs.last_attempt(run_dir) == 2, "it went on, in the same run"
+    worked.clear()
+    result = path.distil(config, str(conf))
+    assert worked == ["evaluate-distilled-s0", "latency"]
+    assert result["verdict"] == "no interval with one seed"
+    assert result["soft_labels_seconds"] > 0
+    text = (Path(config.runs.dir) / "inside" / "comparison.md").read_text()
+    assert "soft labels for all seeds took" in text
+
+
+@pytest.mark.slow
+def test_killed_in_a_students_training_the_same_command_finishes(conf, tiny_tree, tmp_path):
+    """SIGKILL to the whole job: nothing can be noted then."""
+    given = [
+        *("--config-dir", str(conf), "experiment=tiny_student", "run.name=killed", "debug=true"),
+        *(
+            o
+            for o in tiny_overrides(tiny_tree, tmp_path / "cache", tmp_path / "runs")
+            if "epochs" not in o
+        ),
+        *("data.classes=[blue,red]", "loop.batch_size=8", "distil.seeds=[0]"),
+        *("stages=[{epochs: 1}, {epochs: 1}, {epochs: 1}, {epochs: 1}, {epochs: 1}, {epochs: 1}]",),
+    ]
+    job = subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs" / "distil.py"), *given],
+        cwd=tmp_path,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    until = time.monotonic() + 150
+    journals: list[Path] = []
+    while time.monotonic() < until and job.poll() is None:
+        journals = list((tmp_path / "runs").glob("killed-distilled-s0-*/journal.jsonl"))
+        if journals and '"kind":"epoch"' in journals[0].read_text():
+            break
+        time.sleep(0.01)
+    assert job.poll() is None, "it was to be killed"
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    steps = runs.read_json(tmp_path / "runs" / "killed" / "steps.json")
+    assert steps["distilled-s0"]["status"] == "running"
+    assert steps["distilled-s0"]["result"] is None
+    done = run_job("distil", *given, cwd=tmp_path, timeout_s=240)
+    assert done.returncode == 0, done.stderr
+    assert "teacher: done before" in done.stdout
+    assert "alone-s0: done before" in done.stdout
+    assert runs.last_attempt(journals[0].parent) == 2
+    assert (tmp_path / "runs" / "killed" / "comparison.json").exists()
+    after = runs.read_json(tmp_path / "runs" / "killed" / "steps.json")
+    assert {s["status"] for s in after.values()} == {"finished"}
+
 
 @pytest.mark.slow
 def test_stopped_at_each_step_the_same_command_goes_on(student, conf, worked, auc_of):
@@ -215,18 +397,7 @@ def test_ctrl_c_in_a_training_is_noted_and_the_training_goes_on(student, conf, w
     monkeypatch.setattr(path, "FEWEST_SEEDS", 1)
     long = "distil.teacher_overrides=['loop.epochs=60']"
     config = student("run.name=interrupted", "distil.seeds=[0]", long)
-
-    def interrupt() -> None:
-        until = time.monotonic() + 60
-        while time.monotonic() < until:
-            for journal in Path(config.runs.dir).glob("interrupted-teacher-*/journal.jsonl"):
-                if '"kind":"epoch"' in journal.read_text():
-                    os.kill(os.getpid(), signal.SIGINT)
-                    return
-            time.sleep(0.02)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
+    thread = interrupt_in(Path(config.runs.dir), "interrupted-teacher")
     with pytest.raises(Stopped):
         path.distil(config, str(conf))
     thread.join()
@@ -278,6 +449,99 @@ def test_a_teacher_that_does_not_pass_teaches_nobody(student, conf, worked, auc_
     said = capsys.readouterr().out
     assert "there is no distil.finetune" in said
     assert "No distillation" in said
+
+
+def write_striped(root: Path, *, shuffled: bool, train: int = 24, val: int = 60) -> Path:
+    """Images of any colour: those of class b have a fine checkerboard, which only true labels lead to.
+
+    `shuffled`: every other file of a class of train/ changes places with one of the other class.
+    """
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    board = 22 * (-1) ** np.add.outer(np.arange(32), np.arange(32))[..., None]
+    for split, count in (("train", train), ("val", val)):
+        for k, name in enumerate("ab"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.uniform(50, 200, 3) + rng.normal(0, 8, (32, 32, 3)) + k * board
+                Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(
+                    root / split / name / f"{i:03d}.png"
+                )
+    for i in range(0, train if shuffled else 0, 2):
+        a, b = (root / "train" / name / f"{i:03d}.png" for name in "ab")
+        a.rename(root / "kept.png")
+        b.rename(a)
+        (root / "kept.png").rename(b)
+    return root
+
+
+@pytest.mark.parametrize("shuffled", [True, False], ids=["shuffled", "true labels"])
+def test_labels_shuffled_in_training_are_found_by_measuring(
+    shuffled, student, conf, worked, tmp_path, capsys
+):
+    """A teacher that is really trained on them, and the same one on labels that are true."""
+    tree = write_striped(tmp_path / "tree", shuffled=shuffled)
+    many = "distil.teacher_overrides=['loop.epochs=12','debug=false','loop.seed=1']"
+    config = student(
+        *(f"run.name=labels-{shuffled}", f"data.root={tree}", "data.classes=null", *ONE_SEED),
+        many.replace("EPOCHS", "12"),
+    )
+    result = path.distil(config, str(conf))
+    gate, told = read(config, "gate.json"), read(config, "comparison.json")
+    judged = gate["teachers"]["teacher"]["verify"]
+    if not shuffled:
+        assert judged["value"] > 0.75
+        assert gate["distil"]
+        return
+    assert judged["value"] < 0.55
+    assert judged["verdict"] in ("must_finetune", "inverted")
+    assert not gate["distil"]
+    assert "no distillation: the students are trained on the task's loss alone" in gate["why"]
+    assert not [name for name in worked if "distilled" in name]
+    assert (result["verdict"], told["verdict"]) == ("not distilled", "not distilled")
+    assert (told["distilled"], told["runs"]["distilled"], told["gain"]) == (None, {}, None)
+    assert len(told["alone"]["values"]) == 1
+    assert "No distillation: the teacher did not pass the gate" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_real_or_fake_from_a_folder_of_photographs(tmp_path):
+    """The whole of it as a user starts it, small: the gate lets everybody pass after fine-tuning."""
+    from test_fakes import write_images
+
+    photos = write_images(tmp_path / "photos", {"ash": 60, "elm": 60}, size=(96, 80))
+    given = ["experiment=realfake", "debug=true", f"fakes.images={photos}", "run.name=small"]
+    given += ["distil.seeds=[0]", "gate.good=1.0", "gate.marginal=0.01", "tracking=none"]
+    done = run_job("distil", *given, cwd=tmp_path, timeout_s=900)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "small"
+    steps = runs.read_json(folder / "steps.json")
+    assert list(steps) == [
+        *("fakes", "teacher", "diagnose-teacher", "finetuned", "verify-teacher", "soft-labels"),
+        *("alone-s0", "distilled-s0", "evaluate-alone-s0", "evaluate-distilled-s0", "latency"),
+    ]
+    assert {s["status"] for s in steps.values()} == {"finished"}
+    gate = runs.read_json(folder / "gate.json")
+    judged = gate["teachers"]["teacher"]
+    assert (judged["diagnose"]["subset"], judged["verify"]["subset"]) == ("val", "test")
+    assert judged["finetuned"] == steps["finetuned"]["result"]["run"]
+    assert gate["distil"]
+    told = runs.read_json(folder / "comparison.json")
+    assert told["models"]["student"]["parameters"] == 1297
+    assert told["verdict"] == "no interval with one seed"
+    roots = {
+        role: Path(
+            runs.read_json(Path(steps[role]["result"]["run"]) / "run.json")["dataset"]["root"]
+        )
+        for role in ("teacher", "finetuned", "distilled-s0")
+    }
+    generators = [root.name.split("-")[0] for root in roots.values()]
+    assert generators == ["nearest", "transposed", "transposed"]
+    for role in ("teacher", "alone-s0", "distilled-s0"):
+        picture = Path(steps[role]["result"]["run"]) / "plots" / "heatmaps.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("on_marginal", ["finetune", "skip"])
@@ -343,9 +607,88 @@ def test_a_teacher_of_weights_becomes_a_run(student, conf, worked):
     assert runs.read_json(Path(result["runs"]["distilled"]["0"]) / "run.json")[
         "teacher_run"
     ] == str(imported)
-    wrong = student(*asked, "teacher.model.name=test_vit")
-    with pytest.raises(UserError, match="must hold the weights of"):
+    worked.clear()
+    wrong = student("run.name=mistaken", *asked[1:], "teacher.model.name=test_vit")
+    with pytest.raises(
+        UserError, match=r"teacher\.weights must be weights of test_vit, got .*\d+ tens"
+    ):
         path.distil(wrong, str(conf))
+    assert worked == [], "it is said at the start"
+
+
+def test_weights_are_imported_whole_and_a_config_is_left_alone(student, tmp_path):
+    from safetensors.torch import save_file
+
+    from potstill.assemble import load_model
+    from potstill.config import to_dict
+    from potstill.data.prepare import check
+    from potstill.models.patches import TinyLaDeDa
+
+    theirs = TinyLaDeDa(1, preprocessing="right_diag", input_scale=2 / 3)
+    theirs.fc.bias.data.fill_(0.25)
+    save_file(theirs.state_dict(), tmp_path / "tiny.safetensors")
+    for name in ("0_real", "1_fake"):
+        shutil.copytree(Path(str(student().data.root)) / "train" / "red", tmp_path / "set" / name)
+    config = student()
+    config.data.root, config.data.classes = str(tmp_path / "set"), None
+    config.model = {"_target_": "tiny_ladeda", "preprocessing": "right_diag", "input_scale": 2 / 3}
+    before = to_dict(config)
+    plan = check(config.data, config.cache)
+    run = path.import_weights(tmp_path / "tiny.safetensors", config, plan)
+    assert to_dict(config) == before
+    model, classes, _ = load_model(run)
+    assert classes == ["0_real", "1_fake"]
+    assert model.state_dict()["fc.bias"].tolist() == [0.25]
+    for name, tensor in theirs.state_dict().items():
+        assert bool((model.state_dict()[name] == tensor).all()), name
+    del theirs.conv2
+    save_file(theirs.state_dict(), tmp_path / "less.safetensors")
+    with pytest.raises(UserError, match=r"teachers\.a\.weights must be weights of .*missing conv2"):
+        path.import_weights(tmp_path / "less.safetensors", config, plan, "teachers.a.weights")
+
+
+def test_fine_tuning_takes_the_teachers_own_model(tmp_path):
+    """Published weights mean what they do with their preprocessing and scale; how it is trained is the experiment's."""
+    from safetensors.torch import save_file
+
+    from potstill.models.patches import LaDeDa9
+
+    for split in ("train", "val", "test"):
+        for name in ("0_real", "1_fake"):
+            write_images_of_one(tmp_path / "set" / split / name, 20)
+    save_file(LaDeDa9(1).state_dict(), tmp_path / "own.safetensors")
+    config = compose(
+        "distil",
+        [
+            *("experiment=realfake", "teacher=ladeda9", "distil.teacher=null", "tracking=none"),
+            *(f"teacher.weights={tmp_path / 'own.safetensors'}", f"data.root={tmp_path / 'set'}"),
+            *(f"runs.dir={tmp_path / 'runs'}", f"cache.dir={tmp_path / 'cache'}"),
+            "teacher.model.preprocessing=right_diag",
+        ],
+    )
+    found = path._Path(config, None).finetune
+    assert found is not None
+    assert found.model == {
+        **{"_target_": "ladeda9", "preprocessing": "right_diag", "input_scale": 2 / 3},
+        **{"init_from": path.TO_COME, "freeze": {"all_but_last_blocks": 1}, "stem_momentum": 0.1},
+    }
+    tiny = compose(
+        "distil", ["experiment=realfake", "tracking=none", f"data.root={tmp_path / 'set'}"]
+    )
+    tiny.distil.teacher_overrides = ["model.preprocessing=raw", "model.input_scale=0.5"]
+    own = path._Path(tiny, None).finetune
+    assert own is not None
+    assert (own.model["preprocessing"], own.model["input_scale"]) == ("raw", 0.5)
+
+
+def write_images_of_one(folder: Path, count: int) -> None:
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir(parents=True)
+    for i in range(count):
+        rng = np.random.default_rng([i, *folder.name.encode()])
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(folder / f"{i}.png")
 
 
 def test_sets_of_fakes_are_made_first(student, conf, worked, tmp_path, monkeypatch):
@@ -353,13 +696,19 @@ def test_sets_of_fakes_are_made_first(student, conf, worked, tmp_path, monkeypat
 
     asked = {}
 
-    def pretend(images, output, generator, *, max_images, px, jpeg_quality, seed):
-        asked[generator] = (images, max_images, px, jpeg_quality, seed)
-        write_tree(output, seed=len(asked))
-        runs.write_json(output / "fakes.json", {})
-        return output
+    def pretend(made):
+        asked[made.generator] = (
+            made.images,
+            made.max_images,
+            made.px,
+            made.jpeg_quality,
+            made.seed,
+        )
+        write_tree(Path(made.output), seed=len(asked))
+        runs.write_json(Path(made.output) / "fakes.json", {})
+        return Path(made.output)
 
-    monkeypatch.setattr(fakes, "make_fakes", pretend)
+    monkeypatch.setattr(fakes, "make_fakes_shown", pretend)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(b"a photograph")
     places = (
@@ -370,7 +719,7 @@ def test_sets_of_fakes_are_made_first(student, conf, worked, tmp_path, monkeypat
     config = student("run.name=fakes", *places, *ONE_SEED)
     path.distil(config, str(conf))
     assert worked[:2] == ["fakes", "teacher"]
-    photos = (tmp_path / "photos").resolve()
+    photos = str((tmp_path / "photos").resolve())
     made = config.fakes
     assert asked == {
         "nearest": (photos, made.teacher_images, 64, 95, 0),
@@ -392,6 +741,15 @@ def test_sets_of_fakes_are_made_first(student, conf, worked, tmp_path, monkeypat
     assert worked[:2] == ["fakes", "teacher"], "other photographs, other sets"
     with pytest.raises(UserError, match=r"data\.root must be null where fakes\.images"):
         path.distil(student(*places[:2]), str(conf))
+    given = student(
+        *("run.name=given", f"teacher.run={steps['teacher']['result']['run']}", *places),
+        f"fakes.dir={tmp_path / 'other'}",
+    )
+    asked.clear()
+    STOP[:] = ["diagnose-teacher"]
+    with pytest.raises(Stopped):
+        path.distil(given, str(conf))
+    assert set(asked) == {"transposed"}, "nobody needs the teacher's set"
 
 
 @pytest.mark.parametrize(
@@ -419,6 +777,16 @@ def test_sets_of_fakes_are_made_first(student, conf, worked, tmp_path, monkeypat
             r"teacher\.run must know the classes.*the teacher does not know 1: blue",
         ),
         (["gate.good=0.5"], r"gate\.good must be > gate\.marginal"),
+        (["gate.marginal=60"], r"gate\.marginal must be a fraction <= 1.*got 60; set gate\.marginal=0\.6,"),
+        (
+            ["gate.metric=top1_acc", "gate.marginal=0.65"],
+            r"gate\.marginal must be in percent.*got 0\.65; set gate\.marginal=65, not 0\.65",
+        ),
+        (
+            ["distil.soft_labels=true", "augment.views=2", "soft_labels.top_k=1"],
+            r"soft_labels\.top_k must be null for task\.kind=binary",
+        ),
+        (["distil.teacher=null", "teachers.student.run=a"], r"teachers\.student must have another name"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_any_step_is_said_before_the_first(overrides, says, student, conf):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import pytest
 
 from potstill.config import Gate
 from potstill.errors import UserError
-from potstill.gate import chance, check_metric, default_metric, judge, thresholds
+from potstill.gate import chance, check_given, check_metric, default_metric, judge, thresholds
 
 
 def auc(value: float, gate: Gate | None = None, **how):
@@ -84,10 +85,47 @@ def test_given_thresholds_count():
     assert names == ["good", "marginal", "must_finetune", "inverted"]
     with pytest.raises(UserError, match=r"gate\.good must be > gate\.marginal \(0\.8\).*got 0\.7"):
         thresholds("auc", 0.5, Gate(good=0.7, marginal=0.8))
-    with pytest.raises(
-        UserError, match=r"gate\.good must be .* <= 1, what a perfect auc is, got 65"
+
+
+@pytest.mark.parametrize(
+    ("metric", "given", "says"),
+    [
+        (
+            "auc",
+            {"good": 65},
+            r"good must be a fraction <= 1.*got 65; set gate\.good=0\.65, not 65",
+        ),
+        ("auc", {"marginal": 55}, r"marginal must be a fraction <= 1.*got 55"),
+        ("auc", {"marginal": 0.7}, r"good must be > gate\.marginal \(0\.7\).*got 0\.65"),
+        ("mcc", {"marginal": 1.5}, r"marginal must be a fraction <= 1"),
+        ("top1_acc", {"good": 0.65}, r"good must be in percent.*set gate\.good=65, not 0\.65"),
+        (
+            "top1_acc",
+            {"marginal": 1},
+            r"marginal must be in percent.*got 1; set gate\.marginal=100",
+        ),
+        ("top1_acc", {"good": 120}, r"good must be a percentage <= 100"),
+        ("top1_acc", {"good": 5}, r"good must be > gate\.marginal \(10\)"),
+        ("top1_acc", {"good": 40, "marginal": 50}, r"good must be > gate\.marginal \(50\)"),
+    ],
+)
+def test_thresholds_that_cannot_be_meant_are_refused_each_alone(metric, given, says):
+    with pytest.raises(UserError, match=rf"gate\.{says}"):
+        check_given(metric, Gate(good=given.get("good"), marginal=given.get("marginal")))
+
+
+def test_thresholds_that_can_be_meant_are_not_refused():
+    given: Mapping[str, float]
+    for metric, given in (
+        ("auc", {}),
+        ("auc", {"good": 0.95}),
+        ("auc", {"good": 0.02, "marginal": 0.01}),
+        ("auc", {"good": 1.0, "marginal": 0.01}),
+        ("top1_acc", {"marginal": 65}),
+        ("top1_acc", {"good": 65, "marginal": 0}),
+        ("mcc", {"good": 0.4, "marginal": -0.1}),
     ):
-        thresholds("auc", 0.5, Gate(good=65))
+        check_given(metric, Gate(good=given.get("good"), marginal=given.get("marginal")))
 
 
 @pytest.mark.parametrize(

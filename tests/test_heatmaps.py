@@ -176,6 +176,22 @@ def test_a_cache_that_is_gone_costs_the_heat_map_alone(patch_run, tmp_path):
     assert "No heat maps: cache: " in (patch_run / "report.html").read_text()
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no such key"), ZeroDivisionError()])
+def test_a_heat_map_that_cannot_be_drawn_is_a_warning(patch_run, monkeypatch, capsys, error):
+    import potstill.heatmaps as heatmaps
+
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(heatmaps, "heatmap_figure", broken)
+    written = report(patch_run)
+    assert (patch_run / "report.html") in written
+    assert "heatmaps" not in {path.stem for path in written}
+    said = str(error) or "ZeroDivisionError"
+    assert f"! No heat maps of {patch_run.name}: {said}" in capsys.readouterr().out
+    assert f"No heat maps: {said}" in (patch_run / "report.html").read_text()
+
+
 def test_other_models_have_none_and_need_no_torch_to_say_so(tmp_path):
     run_dir = make_run(tmp_path, whole_journal(1), classes=CLASSES)
     code = (

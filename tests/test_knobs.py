@@ -313,7 +313,6 @@ def test_the_monitor_decides_what_is_best(outcome):
 def taught(tiny_tree, cache_dir, tmp_path_factory, ray_session) -> tuple[str, str]:
     """What makes a run a student of a teacher."""
     from conftest import tiny_overrides
-
     from potstill.fit import fit
 
     runs_dir = tmp_path_factory.mktemp("taught")

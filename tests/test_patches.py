@@ -251,10 +251,17 @@ def test_published_files_load_whole(tmp_path, wrap, how):
     torch.save(WRAPS[wrap](source.state_dict()), path)
     model = TinyLaDeDa(1).eval()
     if how == "teacher":
-        load_file_state(model, path)
+        load_file_state(model, path, outputs=["1_fake"])
     else:
         assert init_from(model, path, ["1_fake"]).kept == ["1_fake"]
     assert torch.equal(model(images(2, 12))["patch_logits"], source(images(2, 12))["patch_logits"])
+
+
+def test_a_teachers_logit_must_stand_for_the_positive_class(tmp_path):
+    """Folders fake and real make real the positive one: the published files say the contrary."""
+    save_file(TinyLaDeDa(1).state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=r"stand for 1_fake, got data .* real; name the folders"):
+        load_file_state(TinyLaDeDa(1), tmp_path / "w.safetensors", outputs=["real"])
 
 
 def test_other_classes_start_from_zero(tmp_path):
@@ -274,7 +281,7 @@ def test_a_file_from_a_gpu_loads_without_one(tmp_path, monkeypatch):
         with pytest.raises(RuntimeError, match="CUDA"):
             torch.load(path, weights_only=True)
     model = TinyLaDeDa(1)
-    load_file_state(model, path)
+    load_file_state(model, path, outputs=["1_fake"])
     assert torch.equal(model.conv2.weight, source.conv2.weight)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import tiny_overrides, write_tree
+from conftest import run_job, tiny_overrides, write_tree
 from potstill import runs, soft_labels
 from potstill.assemble import load_model
 from potstill.config import Config, compose
@@ -231,9 +231,9 @@ def test_without_anything_random_there_is_one_view(make, teacher, monkeypatch):
 
 def test_training_from_soft_labels_is_training_with_the_teacher(make, teacher, written):
     """Random crops and 2 views; unlabelled images learn from the teacher alone."""
-    online = make("run.name=online", *shared)
+    online = make("run.name=online")
     soft = ["teacher.run=null", f"teacher.soft_labels={written}"]
-    cached = make("run.name=cached", *shared, *soft)
+    cached = make("run.name=cached", *soft)
     losses = []
     for config in (online, cached):
         fit(config)
@@ -328,7 +328,7 @@ OTHERS = {
     "a flip more": (["augment.vflip=0.5"], r"another crop or augm.* \(augment\.vflip: 0\.0, here 0\.5\)"),
     "another crop": (["augment.crop_scale=[0.5,1.0]"], r"augment\.crop_scale: \[0\.6, 1\.0\], here \[0\.5"),
     "more views": (["augment.views=3"], r"has 2 views, and augment\.views is 3"),
-    "another seed": (["loop.seed=1"], r"of other crops \(loop\.seed 0, here 1\)"),
+    "another seed": (["loop.seed=1"], r"of other crops \(augment\.seed or loop\.seed 0, here 1\)"),
     "another size": (["augment.image_px=24"], r"another augment\.image_px \(32, here 24\)"),
     "another term": (
         ["task.terms.emb={loss: embedding_mse, inputs: [features, teacher.embedding], weight: 1}"],
@@ -411,7 +411,7 @@ def test_mixed_images_and_other_recipes_that_cannot_be_kept_are_refused(make):
     config = make()
     config.stages = [{"epochs": 1}, {"epochs": 1, "augment": {"flip": 0.0}}]
     refused_recipe(config, r"stages\.1\.augment must leave the augmentation as it is")
-    config.stages[1]["augment"] = {"flip": 0.5, "eval_crop": 0.9}
+    config.stages[1]["augment"] = {"flip": 0.5}
     soft_labels.refuse_recipe(config)
 
 
@@ -437,3 +437,60 @@ def test_top_k_is_for_one_class_of_several(make):
     config.task["kind"] = "binary"
     with pytest.raises(UserError, match=r"soft_labels\.top_k must be null for task\.kind=binary"):
         soft_labels.soft_labels(config)
+
+
+def test_top_k_is_refused_before_anything_begins(make):
+    """As jobs/distil.py asks: what cannot be kept is not found out after the teacher's training."""
+    config = make("soft_labels.top_k=2")
+    soft_labels.refuse_recipe(config)
+    for kind in ("binary", "multi_label"):
+        config.task["kind"] = kind
+        with pytest.raises(UserError, match=rf"top_k must be null for task\.kind={kind}, got 2"):
+            soft_labels.refuse_recipe(config)
+    rkd = "task.terms.more={loss: rkd_distance, inputs: [logits, teacher.logits], weight: 1}"
+    with pytest.raises(
+        UserError, match=r"task\.terms\.more\.loss .*top 2 of teacher\.logits .*rkd"
+    ):
+        soft_labels.refuse_recipe(make(rkd, "soft_labels.top_k=2"))
+    soft_labels.refuse_recipe(make(rkd))
+    of_features = rkd.replace("logits", "features")
+    soft_labels.refuse_recipe(make(of_features, "soft_labels.top_k=2"))
+    config = make(rkd, "soft_labels.top_k=2")
+    config.teacher.soft_labels = "somewhere"  # it says itself what it keeps
+    soft_labels.refuse_recipe(config)
+
+
+def test_the_key_is_the_folders_name(make, written):
+    def key(config: Config) -> str:
+        plan = check(config.data, config.cache)
+        return soft_labels.key_of(config, plan, plan.rows.classes)
+
+    same = make("optimizer.lr=0.5", "loop.epochs=9", "soft_labels.batch_size=7")
+    assert key(make()) == key(same) == written.name
+    assert key(make("loop.seed=1")) != written.name
+
+
+def test_a_gpu_that_is_not_there_is_refused(make, ray_session):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(UserError, match="use_gpu must be false or null on a machine without a GPU"):
+        soft_labels.soft_labels(make("scaling.use_gpu=true", "loop.seed=4"))
+
+
+@pytest.mark.slow
+def test_the_job_says_what_the_training_takes(overrides, teacher, place):
+    """As a user runs both: what one prints is what the other is given."""
+    recipe = [*overrides, "task=distil", "augment.views=2", f"soft_labels.dir={place / 'job'}"]
+    done = run_job("soft_labels", *recipe, f"teacher.run={teacher}", cwd=place)
+    assert done.returncode == 0, done.stderr
+    given = "".join(
+        done.stdout.split("teacher.soft_labels=")[1].split()
+    )  # it may be broken in two lines
+    assert Path(given).parent == place / "job"
+    trained = run_job(
+        "train", *recipe, f"teacher.soft_labels={given}", "run.name=by_job", cwd=place
+    )
+    assert trained.returncode == 0, trained.stderr
+    about = runs.read_json(place / "runs" / "by_job" / "run.json")
+    assert (about["soft_labels"], about["teacher_run"]) == (given, None)
+    assert runs.read_json(place / "runs" / "by_job" / "summary.json")["status"] == "finished"

@@ -277,3 +277,80 @@ def test_batch_statistics_and_dropout_are_those_of_one_pass(tmp_path):
     steps = [r["loss"] for r in records(tmp_path / "r", "step")]
     assert all(a > 0 for a in steps)
     assert not any(a == b for a, b in itertools.pairwise(steps))
+
+
+# ------------------------------------------------------------------------------------------ corners
+@pytest.mark.parametrize("averaging", [{"ema": 0.8}, {"average_last": 10}, {"precision": "fp16"}])
+def test_what_is_brought_back_includes_averages_and_the_scaler(tmp_path, averaging):
+    """A level is taken before the averaging of the last epochs begins, and left after it has."""
+    options = {
+        "terms": guarded(levels=[0.01, 0.99], reach=60, collapse=10),
+        "teachers": [Teacher(Liar(), "teacher", [0, 1, 2])],
+        "epochs": 14,
+        "optimizer": Optimizer(lr=0.03, weight_decay=0),
+        "schedule": Schedule("constant"),
+    }
+    run(tmp_path / "r", net=seeded(norm=False), **options, **averaging)
+    assert [e["restored"] for e in records(tmp_path / "r", "level")] == [False, True]
+    assert records(tmp_path / "r", "epoch")[-1]["val_top1_acc"] > 60
+
+
+def test_a_plateau_forgets_the_epochs_that_were_taken_back(tmp_path):
+    """Where the metric stands still at a level, the rate would fall; with the level it comes back."""
+    options = {
+        "terms": guarded(levels=[0.01, 0.99], reach=60, collapse=10),
+        "teachers": [Teacher(Liar(), "teacher", [0, 1, 2])],
+        "epochs": 14,
+        "optimizer": Optimizer(lr=0.03, weight_decay=0),
+        "schedule": Schedule("plateau", patience=1, factor=0.7),
+    }
+    run(tmp_path / "r", net=seeded(norm=False), **options)
+    taken, left = records(tmp_path / "r", "level")
+    rates = [e["lr"] for e in records(tmp_path / "r", "epoch")]
+    assert rates[left["epoch"] - 1] < rates[taken["epoch"]]
+    assert rates[left["epoch"]] == rates[taken["epoch"]]
+
+
+def test_a_checkpoint_of_before_there_were_stages_is_gone_on_with(tmp_path):
+    class Older(LocalSession):
+        def resume_from(self):
+            found, passed_over = super().resume_from()
+            if found is None:
+                return found, passed_over
+            state = found.state()
+            for key in ("stage", "stage_epoch", "stage_step"):
+                del state["progress"][key]
+            for key in ("projections", "guard", "restore_points"):
+                del state[key]
+            object.__setattr__(found, "state", lambda: state)
+            return found, passed_over
+
+    with pytest.raises(Stopped):
+        run(tmp_path / "r", session=LocalSession(tmp_path / "r", stop_at=6), net=seeded())
+    run(tmp_path / "r", session=Older(tmp_path / "r"), net=seeded())
+    run(tmp_path / "whole", net=seeded())
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "r"))
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_cached_gradients_do_not_vanish_in_half_precision(half):
+    from potstill.task import Task
+
+    terms = build_terms(
+        {"rkd": {"loss": "rkd_angle", "inputs": ["features", "teacher.features"], "weight": 1.0}}
+    )
+    task = Task(Net(), terms)
+    torch.manual_seed(0)
+    student, teacher = torch.randn(48, 64), torch.randn(48, 64)
+
+    def gradients(kind):
+        parts = [
+            ({"rkd": [s.to(kind), t.to(kind)]}, torch.ones(len(s)))
+            for s, t in zip(student.split(16), teacher.split(16), strict=True)
+        ]
+        return torch.cat([r.gradients["rkd"] for r in task.relate(parts)])
+
+    whole, rough = gradients(torch.float32), gradients(half)
+    assert rough.dtype == torch.float32
+    assert (rough == 0).float().mean() < 0.01
+    assert (rough - whole).norm() < 0.05 * whole.norm()

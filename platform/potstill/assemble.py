@@ -101,8 +101,8 @@ def build_teachers(
     layout = torch.channels_last if config.loop.channels_last else torch.contiguous_format
     if not config.teachers:
         return [t.to(device=device, memory_format=layout) for t in teachers.values()]  # type: ignore[call-overload]
-    for teacher in teachers.values():
-        teacher.outputs = None
+    for name, teacher in teachers.items():
+        teacher.outputs = ["logits", *wanted.get(name, [])]
     known = {name: t.order.tolist() for name, t in teachers.items()}
     refuse_gaps(known, outputs_of(config, classes), kind)
     shares = [spec["weight"] for spec in specs.values()]
@@ -126,9 +126,9 @@ def _load_teacher(
             spec["weights"], spec["weights_dir"], spec["model"]["_target_"], f"{key}.weights"
         )
         said, own_px = file.name, px
-        order = list(range(len(outputs_of(config, classes))))
-        model = build("model", spec["model"], num_classes=len(order), image_px=px)
-        load_file_state(model, file, f"{key}.weights")
+        logits = outputs_of(config, classes)
+        model = build("model", spec["model"], num_classes=len(logits), image_px=px)
+        order = load_file_state(model, file, f"{key}.weights", logits)
     else:
         run_dir = Path(spec["run"])
         model, known, theirs = load_model(run_dir)
@@ -232,8 +232,8 @@ def train_run(
     device: torch.device,
     attempt: int,
     findings: Sequence[dict[str, str]],
-) -> Progress:
-    """Build what the config names and train it; returns where the run ended.
+) -> tuple[Progress, bool]:
+    """Build what the config names and train it; returns where the run ended, and whether patience ended it.
 
     `findings` are warnings about the data that were found before; they go into the journal with ours.
     """
@@ -244,7 +244,8 @@ def train_run(
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "soft_labels": config.teacher.soft_labels,
     }
-    return training.run(notes, facts)
+    progress = training.run(notes, facts)
+    return progress, training.ended_early
 
 
 def build_training(
@@ -266,7 +267,7 @@ def build_training(
     config.model["pretrained"] = bool(config.model.get("pretrained")) and not goes_on
     outputs = outputs_of(config, cache.classes)
     model = build_model(config, outputs)
-    _check_smaller_sizes(config, model, f"{config.model.get('name')}")
+    _check_smaller_sizes(config, model, f"{config.model.get('name')}", torch.device("cpu"))
     notes = []
     if config.model.get("init_from") and not goes_on:
         notes = init_from(model, config.model["init_from"], outputs).lines()
@@ -286,7 +287,7 @@ def build_training(
         soft.check(config, cache, cache.classes)
     teachers = [] if soft else build_teachers(config, cache.classes, device)
     for teacher in teachers:
-        _check_smaller_sizes(config, teacher, "the teacher")
+        _check_smaller_sizes(config, teacher, "the teacher", device)
     every = [term for of_stage in terms for term in of_stage]
     shapes, patches = _shapes(model, teachers, soft, image_px(config), device)
     for term in every:
@@ -418,7 +419,7 @@ def _try_terms(task: Task, terms: Sequence[Term], shapes: Mapping[str, Sequence[
             task.probe(columns, term)
 
 
-def _check_smaller_sizes(config: Config, model: nn.Module, said: str) -> None:
+def _check_smaller_sizes(config: Config, model: nn.Module, said: str, device: torch.device) -> None:
     """Whether a model takes every size that progressive training goes through. `said`: its name."""
     whole, start_px = image_px(config), config.augment.start_px
     sizes = {
@@ -432,7 +433,7 @@ def _check_smaller_sizes(config: Config, model: nn.Module, said: str) -> None:
     try:
         with torch.no_grad():
             for px in sorted(sizes - {whole}):
-                model({"image": torch.zeros(1, 3, px, px)})
+                model({"image": torch.zeros(1, 3, px, px, device=device)})
     except (AssertionError, RuntimeError) as error:
         raise UserError(
             f"augment.start_px and stages must lead to sizes that the model and its teacher take, got {start_px}, where images have "

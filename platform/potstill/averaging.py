@@ -121,6 +121,7 @@ class Averager:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """After the model has loaded its own of the same moment; the model then holds what is trained."""
         self.averaged, self._swapped = state["averaged"], state["swapped"]
+        self._other = {}
         if state["tensors"]:
             self._begin()
         for name, mine in self._other.items():

@@ -623,8 +623,16 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: str | None = N
     if isinstance(config, Config):
         config.experiment = choices.get("experiment") or config.experiment
         config = apply_debug(config) if config.debug else config
+        given = any(o.partition("=")[0].lstrip("+") == "loop.epochs" for o in overrides)
+        if given and config.stages:
+            raise UserError(
+                f"loop.epochs is what the stages make together, got {config.loop.epochs} with {len(config.stages)} stages; change "
+                "stages, or leave them out (stages=[])"
+            )
         _count_stages(config)
     validate(config)
+    if isinstance(config, Config) and name != "distil":
+        _refuse_missing_teacher(config)
     return config
 
 
@@ -803,6 +811,22 @@ def stage_configs(config: Config) -> list[Config]:
             near = difflib.get_close_matches(unknown[0], STAGE_KEYS, n=1)
             remedy = f"did you mean {near[0]}?" if near else f"it has {', '.join(STAGE_KEYS)}"
             raise UserError(f"stages.{i}.{unknown[0]} is not a key of a stage; {remedy}")
+        for group in ("terms", "optimizer", "schedule", "augment", "freeze"):
+            if not isinstance(stage.get(group) or {}, dict):
+                raise UserError(
+                    f"stages.{i}.{group} must be a mapping of keys to values, got {stage[group]!r}"
+                )
+        for name, term in (stage.get("terms") or {}).items():
+            if not isinstance(term or {}, dict):
+                raise UserError(
+                    f"stages.{i}.terms.{name} must be a mapping, or null to leave the term out, got {term!r}"
+                )
+        for key in ONE_FOR_ALL_STAGES:
+            if key in (stage.get("augment") or {}):
+                raise UserError(
+                    f"stages.{i}.augment.{key} must not be set: validation and soft labels are the same in all stages; set "
+                    f"augment.{key}"
+                )
         values = to_dict(config)
         values["stages"] = []
         values["loop"]["epochs"] = stage["epochs"]
@@ -820,7 +844,13 @@ def stage_configs(config: Config) -> list[Config]:
                 )
             values[group].update(given)
         values["task"]["terms"] = _merged_terms(values["task"]["terms"], stage.get("terms") or {})
-        found.append(from_dict(Config, values))
+        try:
+            found.append(from_dict(Config, values))
+            for key, value in flatten(to_dict(found[-1])):
+                if key in RULES and value is not None:
+                    _refuse_unless(RULES[key], key, value, HINTS.get(key))
+        except UserError as error:
+            raise UserError(f"stages.{i}: {error}") from None
     return found
 
 
@@ -900,7 +930,9 @@ GENERATORS = ("nearest", "bilinear", "transposed")
 TTA = ("none", "flip", "five_crop", "ten_crop")
 TASK_KINDS = ("single_label", "multi_label", "binary")
 
+NAMED_WEIGHTS = ("wildrf", "forensyth", "forensynth", "finetuned")
 TEACHER_KEYS = ("run", "weights", "weights_dir", "model", "classes", "weight")
+ONE_FOR_ALL_STAGES = ("views", "seed", "image_px", "eval_crop", "tta")
 STAGE_KEYS = ("name", "epochs", "terms", "optimizer", "schedule", "augment", "freeze", "patience")
 TASK_KEYS = ("kind", "terms", "metrics", "threshold")
 
@@ -1294,7 +1326,12 @@ def reads_native_pixels(model: dict[str, Any]) -> bool:
 
 
 def _check_native(config: Config) -> None:
-    models = {"model": config.model, "teacher.model": config.teacher.model}
+    models = {"model": config.model}
+    for name, spec in teacher_specs(config).items():
+        if spec["weights"]:
+            key = "teacher.model" if name == "teacher" else f"teachers.{name}.model"
+            registry.check("model", spec["model"].get("_target_"))
+            models[key] = spec["model"]
     for key, model in models.items():
         if reads_native_pixels(model):
             refuse_resampling(config, f"{key}={model['_target_']}")
@@ -1408,13 +1445,19 @@ def _check_teachers(config: Config) -> None:
             raise UserError(
                 f"teachers.{name}.model must say what {one['weights']} are of, got nothing"
             )
-    if config.distil.teacher:  # jobs/distil.py will have one
-        return
+    if not config.distil.teacher:  # jobs/distil.py trains one
+        _refuse_missing_teacher(config)
+
+
+def _refuse_missing_teacher(config: Config) -> None:
     for name, term in config.task["terms"].items():
         if any(i.startswith("teacher.") for i in term["inputs"]) and not has_teacher(config):
+            remedy = "add teacher.run=runs/<name>"
+            if config.distil.teacher:
+                remedy += ", or let jobs/distil.py train one"
             raise UserError(
                 f"teacher.run must name the folder of a trained run, because task.terms.{name} learns from a "
-                "teacher, got null; add teacher.run=runs/<name>"
+                f"teacher, got null; {remedy}"
             )
 
 
@@ -1618,6 +1661,16 @@ def resolved(path: str | None) -> str | None:
     return path if not path or "://" in path else str(Path(path).expanduser().resolve())
 
 
+def resolve_teacher(teacher: dict[str, Any]) -> None:
+    """Let a teacher's paths mean the same from any folder, in place."""
+    for key in ("run", "soft_labels", "weights_dir"):
+        if teacher.get(key):
+            teacher[key] = resolved(teacher[key])
+    weights = teacher.get("weights")
+    if weights and weights not in NAMED_WEIGHTS:
+        teacher["weights"] = resolved(weights)
+
+
 def identity(config: Config) -> dict[str, Any]:
     """What a run's result depends on: the config without where it runs and where it is written."""
     values = to_dict(config)
@@ -1629,8 +1682,7 @@ def identity(config: Config) -> dict[str, Any]:
     values["data"]["root"] = resolved(config.data.root)
     values["data"]["unlabeled"] = resolved(config.data.unlabeled)
     for teacher in (values["teacher"], *values["teachers"].values()):
-        for key in ("run", "soft_labels"):
-            teacher[key] = resolved(teacher.get(key))
+        resolve_teacher(teacher)
     return values
 
 

@@ -21,7 +21,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from potstill import console, fit, gate, metric_names, runs
 from potstill.compare import as_markdown, compared, comparison_rows, conclusion
@@ -32,6 +32,7 @@ from potstill.config import (
     EvaluateConfig,
     Fakes,
     Gate,
+    MakeFakesConfig,
     TeacherConfig,
     checked,
     compose,
@@ -43,10 +44,14 @@ from potstill.config import (
     to_dict,
 )
 from potstill.data.cache import open_cache
+from potstill.data.fakes import CLASSES
 from potstill.data.prepare import Plan, check, prepared
 from potstill.errors import Stopped, UserError
 from potstill.models.published import weights_file
 from potstill.registry import load_plugins
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Result = dict[str, Any]
 TO_COME = "the-run-to-come"
@@ -54,6 +59,12 @@ TO_COME = "the-run-to-come"
 
 FEWEST_SEEDS = 3
 LATENCY_BATCHES = (1, 32)
+COMPARISON = ("comparison.json", "comparison.png", "comparison.md")
+
+_OF_THE_TRAINING = frozenset(
+    ("init_from", "pretrained", "freeze", "drop_path", "grad_checkpointing", "stem_momentum")
+)
+"""Keys of a model that change how it is trained, and not what its weights mean."""
 
 
 def distil(config: Config, config_dir: str | None = None) -> Result:
@@ -143,9 +154,13 @@ class _Path:
         self._refuse()
         config.data.root = resolved(config.data.root)
         config.data.unlabeled = resolved(config.data.unlabeled)
-        self.sets = _fake_sets(config.fakes)
+        config.teacher.run = resolved(config.teacher.run)
+        for one in config.teachers.values():
+            one["run"] = resolved(one.get("run"))
+        self.sets = _fake_sets(config.fakes, self._trains_a_teacher())
         if self.sets:
-            config.data.root = str(self.sets["student"]["root"])
+            config.data.root = self.sets["student"]["root"]
+        self._open_given()
         self.teacher = self._experiment("teacher") if self._trains_a_teacher() else None
         self.finetune = self._experiment("finetune") if config.distil.finetune else None
         self.plans: dict[str, Plan] = {}
@@ -158,7 +173,8 @@ class _Path:
         self._refuse_parts()
         if not self.sets:
             self._refuse_data()
-        self.steps = _read_steps(self.folder)
+        self._refuse_weights()
+        self.steps: dict[str, Any] = {}
         self.walked: list[str] = []
 
     # ---------------------------------------------------------------------------------- what is refused
@@ -191,9 +207,12 @@ class _Path:
                 "distil.teacher must name the experiment that trains the teacher, got null; or give a trained one: "
                 "teacher.run=runs/<name>, or teacher.weights"
             )
+        if "student" in config.teachers:
+            raise UserError(
+                "teachers.student must have another name: in gate.json and comparison.json the student has it"
+            )
         gate.check_metric(self.gate_metric, self.kind)
-        if self.gate_metric == "auc" or None not in (config.gate.good, config.gate.marginal):
-            gate.thresholds(self.gate_metric, 0.0, config.gate)
+        gate.check_given(self.gate_metric, config.gate)
         if config.distil.finetune and config.teachers:
             raise UserError(
                 f"distil.finetune must be null with teachers, got {config.distil.finetune}: fine-tune each by itself with "
@@ -232,7 +251,7 @@ class _Path:
             one = copy.deepcopy(one)
             if one.model.get("init_from") == TO_COME:
                 one.model["init_from"] = None
-            fit._refuse_before_start(one, self.folder, self._plan(one))
+            fit.refuse_before_start(one, self.folder, self._plan(one))
         if self.teacher:
             from potstill.task import match_classes
 
@@ -244,14 +263,17 @@ class _Path:
                 known, plan.rows.classes, f"the one of {self.teacher.experiment}", overlap
             )
 
-    def _refuse_parts(self) -> None:
-        """Weights, runs and parts that are not there."""
-        config = self.config
+    def _open_given(self) -> None:
+        """Weights and runs that are not there."""
         for key, teacher in self._given().items():
             if teacher.get("weights"):
                 teacher["weights"] = str(_file_of(teacher, key))
             else:
                 runs.best_checkpoint(runs.open_run(teacher["run"], f"{key}.run"))
+
+    def _refuse_parts(self) -> None:
+        """Parts that are not there, or do not go together."""
+        config = self.config
         first = config.distil.seeds[0]
         configs = {"distil.teacher": self.teacher, "distil.finetune": self.finetune}
         configs |= {"alone": self.alone[first], "distilled": self.distilled[first]}
@@ -263,11 +285,19 @@ class _Path:
                 raise UserError(
                     f"{key} must do the student's kind of task ({self.kind}), got {one.experiment}, which does {kind}"
                 )
-            fit._check_model(one)
-        if self.finetune:
-            self._refuse_other_model()
+            fit.check_model(one)
 
-    def _refuse_other_model(self) -> None:
+    def _refuse_weights(self) -> None:
+        """Files of weights that are not of their model, or of other classes."""
+        for key, teacher in self._given().items():
+            if teacher.get("weights"):
+                file, student = Path(teacher["weights"]), self._imported(teacher)
+                # sets of fakes are not there yet, but their classes are known
+                classes = list(CLASSES) if self.sets else self._plan(student).rows.classes
+                _model_of_weights(file, student, classes, f"{key}.weights")
+
+    def _model_of_the_teacher(self, own: Mapping[str, Any], experiment: str | None) -> Result:
+        """The model node of a fine-tuning: the teacher's, but for what is of the training. `own`: its experiment's."""
         given = self._given().get("teacher", {})
         if self.teacher:
             model = self.teacher.model
@@ -275,15 +305,16 @@ class _Path:
             model = load_run_config(Path(given["run"])).model
         else:
             model = given["model"]
-        assert self.finetune is not None
-        ours = self.finetune.model
-        differing = [k for k in ("_target_", "name") if model.get(k) != ours.get(k)]
+        differing = [k for k in ("_target_", "name") if model.get(k) != own.get(k)]
         if differing:
             key = differing[0]
             raise UserError(
-                f"distil.finetune must be of the teacher's model, got {self.finetune.experiment}, where model.{key} is "
-                f"{ours.get(key)!r}, and a teacher where it is {model.get(key)!r}"
+                f"distil.finetune must be of the teacher's model, got {experiment}, where model.{key} is "
+                f"{own.get(key)!r}, and a teacher where it is {model.get(key)!r}"
             )
+        theirs = {k: v for k, v in model.items() if k not in _OF_THE_TRAINING}
+        ours = {k: v for k, v in own.items() if k in _OF_THE_TRAINING}
+        return copy.deepcopy({**theirs, **ours})
 
     # ------------------------------------------------------------------------------------- its configs
     def _trains_a_teacher(self) -> bool:
@@ -319,11 +350,12 @@ class _Path:
                 if getattr(own, name) == getattr(blank, name):
                     setattr(own, name, copy.deepcopy(getattr(config.data, name)))
             if self.sets and role == "teacher":
-                own.root = str(self.sets["teacher"]["root"])
+                own.root = self.sets["teacher"]["root"]
         found.data.root = resolved(found.data.root)
         found.plugins = list(dict.fromkeys([*config.plugins, *found.plugins]))
         found = self._of_the_path(found)
         if role == "finetune":
+            found.model = self._model_of_the_teacher(found.model, experiment)
             found.model["init_from"] = TO_COME
         try:
             return checked(found)
@@ -364,6 +396,7 @@ class _Path:
     # ------------------------------------------------------------------------------------- its steps
     def walk(self) -> Result:
         began = time.monotonic()
+        self.steps = _read_steps(self.folder)
         console.say(f"Path: {self.folder}", "bold")
         if self.sets:
             self._make_sets()
@@ -398,6 +431,9 @@ class _Path:
             console.say(f"{name}: done before, in {console.duration(before['seconds'])}", "dim")
             return before["result"]
         console.say(f"\n{title or name}", "bold underline")
+        if not before or before["key"] != digest:  # what was compared is of an earlier config
+            for name_ in COMPARISON:
+                (self.folder / name_).unlink(missing_ok=True)
         # a step that goes on adds to the time of its first part
         goes_on = before and before["key"] == digest and before["status"] != "finished"
         spent = before["seconds"] if before and goes_on else 0.0
@@ -409,6 +445,7 @@ class _Path:
             self.steps[name] = entry
             runs.write_json(self.folder / "steps.json", self.steps)
 
+        note("running", None)
         try:
             result = work(digest)
         except (Stopped, KeyboardInterrupt):
@@ -426,20 +463,17 @@ class _Path:
         runs.write_json(self.folder / "steps.json", self.steps)
 
     def _make_sets(self) -> None:
-        from potstill.data.fakes import make_fakes
+        from potstill.data.fakes import make_fakes_shown
 
         def work(_: str) -> Result:
             made = []
             for one in self.sets.values():
                 settings = {k: v for k, v in one.items() if k not in ("root", "content")}
-                made.append(make_fakes(output=one["root"], **settings))
+                made.append(make_fakes_shown(MakeFakesConfig(output=one["root"], **settings)))
             return {"files": [str(root / "fakes.json") for root in made]}
 
-        shown = {
-            role: {**one, "images": str(one["images"]), "root": str(one["root"])}
-            for role, one in self.sets.items()
-        }
-        self._step("fakes", shown, work, "Fakes: two sets of real and fake images")
+        sets = "two sets" if len(self.sets) > 1 else "a set"
+        self._step("fakes", self.sets, work, f"Fakes: {sets} of real and fake images")
         self._refuse_data()
 
     def _train(self, role: str, config: Config, *depends: str) -> str:
@@ -479,33 +513,37 @@ class _Path:
 
     def _import(self, name: str, teacher: Mapping[str, Any]) -> str:
         """A run's folder made of published weights, so that whatever reads a run reads these."""
-        student = self.alone[self.config.distil.seeds[0]]
-        file, plan = Path(teacher["weights"]), self._plan(student)
-        model = {**teacher["model"], "init_from": None}
+        config = self._imported(teacher)
+        file, plan = Path(teacher["weights"]), self._plan(config)
         key = [
             runs.file_sha256(file),
-            model,
+            config.model,
             plan.rows.classes,
-            to_dict(student.data),
-            to_dict(student.augment),
+            to_dict(config.data),
+            to_dict(config.augment),
         ]
 
         def work(digest: str) -> Result:
-            config = copy.deepcopy(student)
-            config.model, config.stages = model, []
             config.run.name = f"{self.name}-imported-{name}-{digest}"
             run_dir = import_weights(file, config, plan)
             return {"run": str(run_dir), "files": [str(run_dir / "run.json")]}
 
         return self._step(f"import-{name}", key, work, f"Import {file.name}")["run"]
 
+    def _imported(self, teacher: Mapping[str, Any]) -> Config:
+        """The config of a run that is made of this teacher's weights."""
+        found = copy.deepcopy(self.alone[self.config.distil.seeds[0]])
+        found.model, found.stages = {**copy.deepcopy(teacher["model"]), "init_from": None}, []
+        return found
+
     # ------------------------------------------------------------------------------------- the gate
     def _judge(self, teachers: dict[str, str]) -> tuple[dict[str, str], Result]:
         """Diagnose, fine-tune if needed, verify. Returns the teachers to learn from, and gate.json."""
         told: dict[str, Result] = {name: {} for name in teachers}
+        subset = self.config.distil.subset
         judged: Result = {
             "metric": self.gate_metric,
-            "data": {"root": self.config.data.root, "subset": self.config.distil.subset},
+            "data": {"root": self.config.data.root, "diagnosed_on": "val", "verified_on": subset},
             "distil": None,
             "why": None,
             "teachers": told,
@@ -525,8 +563,9 @@ class _Path:
         passed_all = True
         for name, run in teachers.items():
             measured = told[name]["diagnose"]
-            if told[name]["finetuned"]:
-                measured = self._measure(f"verify-{name}", run, f"Verify {Path(run).name}")
+            if told[name]["finetuned"] or subset != "val":
+                title = f"Verify {Path(run).name}"
+                measured = self._measure(f"verify-{name}", run, title, subset)
             told[name]["verify"], passed = self._verdict(name, measured, verifying=True)
             passed_all &= passed
         judged["distil"] = passed_all
@@ -537,7 +576,7 @@ class _Path:
         return teachers, judged
 
     def _diagnose(self, name: str, run: str, can_finetune: bool) -> tuple[Result, bool]:
-        measured = self._measure(f"diagnose-{name}", run, f"Diagnose {Path(run).name}")
+        measured = self._measure(f"diagnose-{name}", run, f"Diagnose {Path(run).name}", "val")
         return self._verdict(name, measured, can_finetune=can_finetune)
 
     def _verdict(self, name: str, measured: Result, **how: bool) -> tuple[Result, bool]:
@@ -549,7 +588,8 @@ class _Path:
         stage = "verify" if how.get("verifying") else "diagnose"
         say = console.warn if found.loud else console.say
         say(f"Gate, {stage} {name}: {found.title}: {found.consequence}")
-        kept = ("run", "checkpoint", "samples", "metrics", "support", "data_key", "warnings")
+        kept = ("run", "checkpoint", "subset", "samples", "metrics", "support", "data_key")
+        kept += ("warnings",)
         about = {k: measured[k] for k in kept}
         verdict = {"verdict": found.name, "title": found.title, "consequence": found.consequence}
         return {
@@ -559,13 +599,18 @@ class _Path:
             **about,
         }, found.passed
 
-    def _measure(self, step: str, run: str, title: str) -> Result:
-        """A run on the images of the path, in its own decoding."""
+    def _measure(self, step: str, run: str, title: str, subset: str) -> Result:
+        """A run on the images of the path, in its own decoding and views, at its own thresholds."""
         config, run_dir = self.alone[self.config.distil.seeds[0]], Path(run)
-        decode = to_dict(load_run_config(run_dir))["data"]["decode"]
-        plan, metrics = self._plan(config), self._metrics()
-        subset = self.config.distil.subset
-        key = [_weights_key(run), plan.source_key, decode, subset, metrics]
+        trained, metrics = identity(load_run_config(run_dir)), self._metrics()
+        sums = runs.best_checkpoint(run_dir).meta["sha256"]
+        key = [
+            str(run_dir),
+            {file: digest for file, digest in sums.items() if file != "state.pt"},
+            runs.read_json(run_dir / "run.json")["classes"],
+            *(trained["data"]["decode"], trained["augment"]),
+            *(self._plan(config).source_key, subset, metrics),
+        ]
 
         def work(_: str) -> Result:
             return measure(run_dir, config, subset, metrics)
@@ -581,12 +626,11 @@ class _Path:
     # ------------------------------------------------------------------------------------- the students
     def _soft_labels(self, teachers: dict[str, str]) -> dict[str, str]:
         """The folder of each seed's soft labels: the seed is of the crops, too."""
-        from potstill.soft_labels import soft_labels
+        from potstill.soft_labels import key_of, soft_labels
 
         taught = {s: self._taught(c, teachers, None) for s, c in self.distilled.items()}
-        first = next(iter(taught.values()))
-        key = [[identity(c) for c in taught.values()], to_dict(first)["soft_labels"]]
-        key += [self._plan(first).source_key, *map(_weights_key, teachers.values())]
+        plan = self._plan(next(iter(taught.values())))
+        key = {s: key_of(config, plan, plan.rows.classes) for s, config in taught.items()}
 
         def work(_: str) -> Result:
             folders = {str(seed): str(soft_labels(config)) for seed, config in taught.items()}
@@ -599,11 +643,14 @@ class _Path:
 
     def _evaluate(self, students: dict[str, dict[int, str]]) -> dict[str, list[Result]]:
         found: dict[str, list[Result]] = {}
+        subset = self.config.distil.subset
         for group, by_seed in students.items():
             found[group] = [
                 {
                     "seed": seed,
-                    **self._measure(f"evaluate-{group}-s{seed}", run, f"Evaluate {Path(run).name}"),
+                    **self._measure(
+                        f"evaluate-{group}-s{seed}", run, f"Evaluate {Path(run).name}", subset
+                    ),
                 }
                 for seed, run in by_seed.items()
             ]
@@ -633,6 +680,9 @@ class _Path:
             g: [_number(m["metrics"][self.metric]) for m in found] for g, found in measured.items()
         }
         only = models["teacher"]["value"] if "teacher" in models else None
+        # of all seeds together; it may have found what another path has written
+        soft_labels = self.steps["soft-labels"] if "soft-labels" in self.walked else None
+        root, subset = self.config.data.root, self.config.distil.subset
         result = compared(
             self.folder,
             self.metric,
@@ -641,9 +691,14 @@ class _Path:
             values["distilled"],
             {
                 "seeds": list(students["alone"]),
-                "measured_on": {**judged["data"], "samples": measured["alone"][0]["samples"]},
+                "measured_on": {
+                    "root": root,
+                    "subset": subset,
+                    "samples": measured["alone"][0]["samples"],
+                },
                 "gate": {k: judged[k] for k in ("metric", "distil", "why")},
                 "models": models,
+                "soft_labels_seconds": soft_labels and soft_labels["seconds"],
                 "latency_on": costs["on"],
                 "runs": {
                     g: {str(s): run for s, run in by_seed.items()}
@@ -654,15 +709,19 @@ class _Path:
         )
         notes = [
             f"Gate: {judged['why']}.",
-            f"Measured on {measured['alone'][0]['samples']} images ({judged['data']['subset']}) of {judged['data']['root']}; "
+            f"Measured on {measured['alone'][0]['samples']} images ({subset}) of {root}; "
             "alone and distilled have the same augmentation, updates, optimizer and seeds.",
             f"Latency: one forward pass in fp32, median, on {costs['on']}.",
         ]
+        if soft_labels:
+            took = console.duration(soft_labels["seconds"])
+            notes.append(f"Training: besides, the teacher's soft labels for all seeds took {took}.")
         runs.atomic_write(self.folder / "comparison.md", as_markdown(result, notes))
         console.say("")
         title = f"The student, alone and distilled; seeds: {', '.join(map(str, self.alone))}"
         console.table(*comparison_rows(result), title=title)
-        console.say(f"Latency: forward pass in fp32, median, on {costs['on']}", "dim")
+        for note in notes[2:]:
+            console.say(note, "dim")
         if not judged["distil"]:
             console.warn(f"gate: {judged['why']}")
         console.say(conclusion(result), "bold")
@@ -746,11 +805,12 @@ def _architecture(run_dir: Path) -> Result:
         k: v for k, v in config.model.items() if k not in ("init_from", "pretrained", "freeze")
     }
     px = config.augment.image_px or config.data.decode.image_px
-    return {"model": model, "px": px, "outputs": len(about["outputs"])}
+    return {"model": model, "px": px, "outputs": len(about.get("outputs") or about["classes"])}
 
 
-def _fake_sets(fakes: Fakes) -> dict[str, dict[str, Any]]:
-    """The teacher's set and the student's: make_fakes' arguments, and where each is written; none without images."""
+def _fake_sets(fakes: Fakes, with_teacher: bool) -> dict[str, dict[str, Any]]:
+    """The teacher's set, if one is trained, and the student's: what make_fakes takes, and where each is written; none
+    without images."""
     if not fakes.images:
         return {}
     images = Path(fakes.images).expanduser().resolve()
@@ -763,16 +823,14 @@ def _fake_sets(fakes: Fakes) -> dict[str, dict[str, Any]]:
     )
     content = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
     found = {}
-    for role, generator, count in (
-        ("teacher", fakes.teacher_generator, fakes.teacher_images),
-        ("student", fakes.generator, fakes.max_images),
-    ):
+    teachers = [("teacher", fakes.teacher_generator, fakes.teacher_images)] if with_teacher else []
+    for role, generator, count in (*teachers, ("student", fakes.generator, fakes.max_images)):
         settings = {"generator": generator, "max_images": count, "px": fakes.px}
         settings |= {"jpeg_quality": fakes.jpeg_quality, "seed": fakes.seed}
         about = json.dumps([settings, str(images), content], sort_keys=True)
         name = f"{generator}-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
-        root = Path(fakes.dir).expanduser().resolve() / name
-        found[role] = {**settings, "images": images, "root": root, "content": content}
+        root = str(Path(fakes.dir).expanduser().resolve() / name)
+        found[role] = {**settings, "images": str(images), "root": root, "content": content}
     return found
 
 
@@ -802,10 +860,10 @@ def measure(run_dir: Path, config: Config, subset: str, metrics: Sequence[str]) 
         cache = open_cache(
             found.cache_dir, local_dir=config.cache.local_dir, max_gb=config.cache.max_gb
         )
-        warnings = evaluation._trained_on(run_dir, cache, subset)
+        warnings = evaluation.trained_on(run_dir, cache, subset)
         for warning in warnings:
             console.warn(f"{warning['name']}: {warning['message']}")
-        measured, _ = evaluation._measure(asked, run_dir, checkpoint, cache, metrics)
+        measured, _ = evaluation.measure(asked, run_dir, checkpoint, cache, metrics)
     keys = [k for k in measured["metrics"] if k != "top5_acc" or measured["top_k"] > 1]
     said = (
         f"{metric_names.title(k, measured['kind'], measured['top_k'])} {metric_names.shown(k, measured['metrics'][k])}"
@@ -815,6 +873,7 @@ def measure(run_dir: Path, config: Config, subset: str, metrics: Sequence[str]) 
     return {
         "run": str(run_dir),
         "checkpoint": checkpoint.folder.name,
+        "subset": subset,
         "samples": measured["samples"],
         "metrics": measured["metrics"],
         "support": [row["support"] for row in measured["per_class"]],
@@ -824,52 +883,37 @@ def measure(run_dir: Path, config: Config, subset: str, metrics: Sequence[str]) 
     }
 
 
-def import_weights(file: Path, config: Config, plan: Plan) -> Path:
+def import_weights(file: Path, config: Config, plan: Plan, key: str = "teacher.weights") -> Path:
     """Make a run's folder of a weights file: `config.model` with these weights, classes in the data's order.
 
-    Where the file names its classes they are matched by name. Raises UserError where a tensor is missing or does not
-    fit. Returns the folder.
+    Where the file names its classes they are matched by name. Raises UserError, which names `key`, where a tensor is
+    missing or does not fit, or where it knows other classes. Returns the folder.
     """
-    import torch
-
-    from potstill.assemble import build_model, outputs_of
-    from potstill.models.weights import head_of, init_from, load_weights
-
-    outputs = outputs_of(config, plan.rows.classes)
+    config = copy.deepcopy(config)
     config.model["pretrained"] = False
-    model = build_model(config, outputs)
-    taken = init_from(model, file, outputs)
-    head = set(head_of(model))
-    state = model.state_dict()
-    if taken.unnamed:
-        theirs = load_weights(file, "teacher.weights")
-        for name in head:
-            rows = next((t for n, t in theirs.items() if name == n or name.endswith(f".{n}")), None)
-            if rows is None or rows.shape != state[name].shape:
-                shape = "nothing" if rows is None else list(rows.shape)
-                raise UserError(
-                    f"teacher.weights must have a classifier for the {len(outputs)} outputs of this data, got {file}, where "
-                    f"{name} is {shape} instead of {list(state[name].shape)}"
-                )
-            with torch.no_grad():
-                state[name].copy_(rows)
-    elif taken.new:
-        raise UserError(
-            f"teacher.weights must know the classes of the data, got {file}, which lacks {', '.join(taken.new[:5])}"
-        )
-    if taken.missing or taken.mismatched:
-        raise UserError(
-            f"teacher.weights must be all of teacher.model, got {file}, which lacks {', '.join([*taken.missing, *taken.mismatched][:5])}"
-        )
-    for line in taken.lines()[:1]:
-        console.say(line)
+    state = _model_of_weights(file, config, plan.rows.classes, key).state_dict()
     config.run.name = config.run.name or "imported"
     run_dir = Path(config.runs.dir).expanduser().absolute() / config.run.name
-    fit._write_identity(config, run_dir, plan, {})
+    fit.write_identity(config, run_dir, plan, {})
     folder = runs.checkpoint_name(0)
     best = {"metric": None, "value": None, "epoch": 0, "folder": folder}
     runs.save_checkpoint(run_dir, 0, state, {}, {"epoch": 0, "epoch_done": True, "best": best})
     return run_dir
+
+
+def _model_of_weights(file: Path, config: Config, classes: Sequence[str], key: str) -> nn.Module:
+    """`config.model` with the weights of a file, on the CPU. Raises UserError as import_weights does."""
+    from potstill.assemble import build_model, outputs_of
+    from potstill.models.weights import init_from, load_file_state
+
+    config = copy.deepcopy(config)
+    config.model["pretrained"] = False
+    outputs = outputs_of(config, classes)
+    model = build_model(config, outputs)
+    order = load_file_state(model, file, key, outputs)
+    if order != sorted(order):
+        init_from(model, file, outputs)
+    return model
 
 
 def costs(by_name: Mapping[str, Path], use_gpu: bool | None) -> Result:

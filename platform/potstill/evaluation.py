@@ -64,10 +64,10 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
         cache = open_cache(
             found.cache_dir, config.cache.verify, config.cache.local_dir, config.cache.max_gb
         )
-        warnings = _trained_on(run_dir, cache, config.subset)
+        warnings = trained_on(run_dir, cache, config.subset)
         for warning in warnings:
             console.warn(f"{warning['name']}: {warning['message']}")
-        measured, predictions = _measure(config, run_dir, checkpoint, cache, metrics)
+        measured, predictions = measure(config, run_dir, checkpoint, cache, metrics)
         result = {
             "run": run_dir.name,
             "checkpoint": checkpoint.folder.name,
@@ -105,7 +105,7 @@ def _data(asked: EvaluateData, own: Data) -> Data:
     return data
 
 
-def _trained_on(run_dir: Path, cache: Cache, subset: str) -> list[dict[str, str]]:
+def trained_on(run_dir: Path, cache: Cache, subset: str) -> list[dict[str, str]]:
     """A warning, if the run was trained on some of these images; they are known by their content."""
     import numpy as np
 
@@ -125,13 +125,18 @@ def _trained_on(run_dir: Path, cache: Cache, subset: str) -> list[dict[str, str]
     return [{"name": "trained_on", "message": message}]
 
 
-def _measure(
+def measure(
     config: EvaluateConfig,
     run_dir: Path,
     checkpoint: runs.Checkpoint,
     cache: Cache,
     metrics: Sequence[str],
 ) -> tuple[dict[str, Any], Predictions]:
+    """A run's checkpoint on `config.subset` of these images, whose classes it knows, in batches and views of `config`.
+
+    `metrics`: those besides what always is measured. Returns {kind, samples, top_k, metrics, per_class, calibration,
+    and thresholds where the task has them}, and the predictions.
+    """
     import torch
 
     from potstill.assemble import Predictor

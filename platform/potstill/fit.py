@@ -28,6 +28,7 @@ from potstill.config import (
     load_run_config,
     reads_native_pixels,
     refuse_resampling,
+    resolve_teacher,
     resolved,
     stage_configs,
     teacher_specs,
@@ -61,16 +62,16 @@ def fit(config: Config) -> dict[str, Any]:
         _say_summary(done, run_dir)
         return done
     plan = check(config.data, config.cache, prefer=_began_with(run_dir).get("key"))
-    _refuse_before_start(config, run_dir, plan)
+    refuse_before_start(config, run_dir, plan)
     _refuse_other_config(config, run_dir)
-    _check_model(config)
+    check_model(config)
     user = f"run {run_dir.name}"
     with (
         runs.lock(run_dir),
         prepared(config.data, config.cache, user, prefer=plan.key) as found,
     ):
         _refuse_other_data(run_dir, plan, found.cache_dir)
-        _write_identity(config, run_dir, plan, found.report["counts"])
+        write_identity(config, run_dir, plan, found.report["counts"])
         findings = _seen_before(config, run_dir, found.cache_dir)
         return _train(config, run_dir, found.cache_dir, findings)
 
@@ -79,10 +80,8 @@ def _resolve_paths(config: Config) -> None:
     """A run must mean the same from any folder."""
     config.data.root = resolved(config.data.root)
     config.data.unlabeled = resolved(config.data.unlabeled)
-    teacher = config.teacher
-    teacher.run, teacher.soft_labels = resolved(teacher.run), resolved(teacher.soft_labels)
-    for one in config.teachers.values():
-        one["run"] = resolved(one.get("run"))
+    for one in (vars(config.teacher), *config.teachers.values()):
+        resolve_teacher(one)
     config.model["init_from"] = resolved(config.model.get("init_from"))
 
 
@@ -146,7 +145,7 @@ def _began_with(run_dir: Path) -> dict[str, Any]:
     return runs.read_json(run_dir / "run.json")["dataset"] if _has_begun(run_dir) else {}
 
 
-def _refuse_before_start(config: Config, run_dir: Path, plan: Plan) -> None:
+def refuse_before_start(config: Config, run_dir: Path, plan: Plan) -> None:
     """What the listing of the data is enough to refuse; no torch is imported here."""
     kind = config.task.get("kind", "single_label")
     if kind == "binary" and len(plan.rows.classes) != 2:
@@ -209,7 +208,7 @@ def _refuse_teachers(config: Config, classes: Sequence[str]) -> None:
         refuse_gaps(known, classes, kind)
 
 
-def _check_model(config: Config) -> None:
+def check_model(config: Config) -> None:
     """Terms, optimizer, policy and the model's name; imports timm, which takes seconds."""
     from potstill.data.policies import parse_policy
     from potstill.models.images import check_name
@@ -240,7 +239,11 @@ def _check_columns(config: Config) -> None:
     there = ["label", *OUTPUTS[config.model["_target_"]]]
     owners = ["teacher"] if has_teacher(config) else []
     owners += list(config.teachers)
-    for name, term in config.task["terms"].items():
+    every = [
+        (f"stages.{i}: " if config.stages else "", s) for i, s in enumerate(stage_configs(config))
+    ]
+    terms = [(at, name, t) for at, stage in every for name, t in stage.task["terms"].items()]
+    for at, name, term in terms:
         for column in term["inputs"]:
             owner, dot, _ = column.partition(".")
             if not (dot and owner in owners) and column not in there:
@@ -248,11 +251,11 @@ def _check_columns(config: Config) -> None:
                 near = difflib.get_close_matches(column, known, n=1)
                 remedy = f"; did you mean {near[0]}?" if near else ""
                 raise UserError(
-                    f"task.terms.{name}.inputs must be of {', '.join(known)}, got {column!r}{remedy}"
+                    f"{at}task.terms.{name}.inputs must be of {', '.join(known)}, got {column!r}{remedy}"
                 )
 
 
-def _write_identity(config: Config, run_dir: Path, plan: Plan, counts: dict[str, int]) -> None:
+def write_identity(config: Config, run_dir: Path, plan: Plan, counts: dict[str, int]) -> None:
     """config.yaml and run.json: once, when the run begins."""
     if _has_begun(run_dir):
         return
@@ -278,7 +281,7 @@ def _write_identity(config: Config, run_dir: Path, plan: Plan, counts: dict[str,
         "git_commit": commit,
         "git_dirty": dirty,
         "teacher_run": config.teacher.run,
-        "teachers": {n: s["run"] or s["weights"] for n, s in teacher_specs(config).items()},
+        "teachers": _teachers_of(config),
         "soft_labels": config.teacher.soft_labels,
         "init_from": config.model.get("init_from"),
         "tags": config.run.tags,
@@ -288,6 +291,14 @@ def _write_identity(config: Config, run_dir: Path, plan: Plan, counts: dict[str,
         },
     }
     runs.write_json(run_dir / "run.json", about)
+
+
+def _teachers_of(config: Config) -> dict[str, str]:
+    """Every teacher's run or weights, by name: those that have written the soft labels, where no other is named."""
+    named = {n: s["run"] or s["weights"] for n, s in teacher_specs(config).items()}
+    if named or not config.teacher.soft_labels:
+        return named
+    return runs.read_json(Path(config.teacher.soft_labels) / "manifest.json").get("sources") or {}
 
 
 def _git() -> tuple[str | None, bool]:
@@ -651,10 +662,9 @@ def _work(payload: dict[str, Any]) -> None:
 
             device = get_device()
         cache_dir = Path(payload["cache_dir"])
-        progress = train_run(
+        progress, early = train_run(
             config, cache_dir, session, device, session.attempt, payload["findings"]
         )
-        early = progress.epoch < config.loop.epochs
         why = f"{config.loop.monitor} has not improved for {progress.bad_epochs} epochs"
         status = "stopped_early" if early else "finished"
         session.end(status, why if early else "", progress.best)

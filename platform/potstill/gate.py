@@ -62,6 +62,27 @@ def check_metric(metric: str, kind: str) -> None:
         metric_names.check(kind, [metric], key="gate.metric")
 
 
+def check_given(metric: str, gate: Gate) -> None:
+    """Raises UserError for thresholds that cannot be meant, whatever chance gives: of another unit, or turned round."""
+    percent = metric_names.is_percent(metric)
+    for key, value in (("good", gate.good), ("marginal", gate.marginal)):
+        if value is None:
+            continue
+        if percent and 0 < value <= 1:
+            raise UserError(
+                f"gate.{key} must be in percent, as {metric} is, got {value:g}; set gate.{key}={100 * value:g}, not {value:g}"
+            )
+        perfect = 100 if percent else 1
+        if value > perfect:
+            remedy = "" if percent else f"; set gate.{key}={value / 100:g}, not {value:g}"
+            raise UserError(
+                f"gate.{key} must be {'a percentage' if percent else 'a fraction'} <= {perfect}, what a perfect {metric} is, "
+                f"got {value:g}{remedy}"
+            )
+    if metric == "auc" or gate.good is not None:  # by chance 0 the other one is at its lowest
+        thresholds(metric, 0.0, gate)
+
+
 def chance(metric: str, support_K: Sequence[int], samples: int, kind: str) -> float:
     """What a classifier that has learned nothing reaches, in the metric's unit: percent or a fraction.
 

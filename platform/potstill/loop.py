@@ -190,8 +190,13 @@ class Training:
         if self.session.world_size > 1:
             # buffers are averaged when they are used (_share_buffers), not sent at every step
             ids = [self.device.index] if self.device.type == "cuda" else None
+            # terms on features alone leave the head without a gradient
+            whole = any("logits" in c for term in self.task.terms for c in term.inputs[:1])
             self.forward = DistributedDataParallel(
-                self.task, device_ids=ids, broadcast_buffers=False
+                self.task,
+                device_ids=ids,
+                broadcast_buffers=False,
+                find_unused_parameters=not whole,
             )
 
     def _new_meter(self) -> Meter:
@@ -238,8 +243,7 @@ class Training:
         before = self.guard
         self._begin()
         self._join_ranks()
-        if before and self.guard and before.levels == self.guard.levels:
-            vars(self.guard).update(vars(before))  # a schedule goes on where it stands
+        if before and self.guard and self.guard.go_on_from(before):
             for point in self._restore_points:
                 point["optimizer"] = copy.deepcopy(self.optimizer.state_dict())
         else:
@@ -255,6 +259,17 @@ class Training:
             "stage_epochs": self.stage.epochs,
             "epoch": self.at.epoch,
         }
+
+    def _epochs_left(self) -> int:
+        """After the epoch under way, if no stage ends before its time."""
+        later = self.stages[self.at.stage + 1 :]
+        return self.stage.epochs - self.at.stage_epoch - 1 + sum(s.epochs for s in later)
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether patience has ended the last stage."""
+        last = self.at.stage + 1 == len(self.stages)
+        return last and self.at.stage_epoch < self.stage.epochs
 
     def _out_of_patience(self) -> bool:
         patience = self.stage.patience
@@ -339,17 +354,15 @@ class Training:
             "seconds": seconds,
             "total_seconds": at.seconds,
             "images_per_s": images_per_s,
-            "seconds_left": (cfg.epochs - at.epoch - 1)
-            * seconds
-            * self.batches.steps
-            / max(steps_done, 1),
+            "seconds_left": self._epochs_left() * seconds * self.batches.steps / max(steps_done, 1),
         }
         value = record[cfg.monitor]
         event = self._guarded(measured)
         # until an epoch has a value, the first one stands in: a run keeps something to predict with
         better = at.best is None or _is_better(value, at.best["value"], cfg.monitor)
         better = better and not (event and event.restored)
-        at.bad_epochs = 0 if better else at.bad_epochs + 1
+        if not (event and event.restored):  # what is taken back does not count
+            at.bad_epochs = 0 if better else at.bad_epochs + 1
         if better:
             at.best = {
                 "folder": f"step-{at.step:08d}",
@@ -367,7 +380,8 @@ class Training:
             *check_monitor(cfg.monitor, value),
             *self.standing,
         ]
-        if not math.isnan(value):
+        left = event is not None and event.restored
+        if not math.isnan(value) and not left:
             self.learning_rate.after_epoch(value)
         at.epoch, at.epoch_step, at.stage_epoch = at.epoch + 1, 0, at.stage_epoch + 1
         self.meter = self._new_meter()
@@ -377,7 +391,8 @@ class Training:
         files = {"val_predictions.npz": _npz(found)}
         if found.thresholds is not None:
             files["thresholds.json"] = thresholds_file(found, self.classes, self.threshold)
-        self._save(epoch_done=True, metrics=record, files=files)
+        # the weights that an epoch went back to are not those that were measured
+        self._save(epoch_done=True, metrics=record, files={} if left else files)
 
     def _guarded(self, measured: Mapping[str, float]) -> Event | None:
         """What a guarded weight makes of an epoch's validation."""
@@ -393,7 +408,7 @@ class Training:
         if event.restored:
             self._load_state(self._restore_points.pop())
         else:
-            self._restore_points.append(copy.deepcopy(self._trained_state()))
+            self._restore_points.append(_on_cpu(self._trained_state()))
         self._log(
             "level",
             epoch=self.at.epoch,
@@ -411,6 +426,8 @@ class Training:
             "projections": self.task.projections.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "averager": self.averager.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "learning_rate": self.learning_rate.state_dict(),
         }
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
@@ -418,6 +435,8 @@ class Training:
         self.task.projections.load_state_dict(state["projections"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.averager.load_state_dict(state["averager"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.learning_rate.load_state_dict(state["learning_rate"])
 
     # ---------------------------------------------------------------------- how much memory holds
     def _micro_batch_size(self, checkpoint: Checkpoint | None) -> int | None:
@@ -458,7 +477,11 @@ class Training:
         self.meter = self._new_meter()
         self.task.train()
         try:
-            self.scaler.scale(self._loss(part)).backward()
+            with self.autocast():
+                taught = self._taught(part)
+            # what compares samples over ranks is left out: each rank tries sizes of its own
+            known = self.task.no_relations(taught)
+            self.scaler.scale(self._loss(part, taught, known)).backward()
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
@@ -490,11 +513,10 @@ class Training:
     def _in_parts(self, parts: Sequence[Any]) -> bool:
         """Whether samples must be compared with each other that no forward pass holds together: of any rank, so that all
         go the same way."""
-        if not self.task.relations:
-            return False
+        if not self.task.relations or self.session.world_size == 1:
+            return bool(self.task.relations) and len(parts) > 1
         most = torch.tensor(len(parts), device=self.device)
-        if self.session.world_size > 1:
-            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return int(most) > 1
 
     def _relations(
@@ -623,6 +645,9 @@ class Training:
     def _refuse_bad_weights(self) -> None:
         state = self.task.state_dict().values()
         finite = torch.stack([v.isfinite().all() for v in state if v.is_floating_point()]).all()
+        if self.session.world_size > 1:  # batch statistics are each rank's own
+            dist.all_reduce(told := finite.float(), op=dist.ReduceOp.MIN)
+            finite = told > 0
         if not bool(finite):
             self._refuse("weights are NaN or infinite")
 
@@ -690,7 +715,9 @@ class Training:
     ) -> None:
         if checkpoint:
             state = checkpoint.state()
-            self.at = Progress(**state["progress"])
+            kept = state["progress"]  # of before there were stages: the one that there is
+            whole = {"stage_epoch": kept["epoch"], "stage_step": kept["step"]}
+            self.at = Progress(**{**whole, **kept})
             self._begin()
             self.task.model.load_state_dict(checkpoint.model_state())
             if "averager" in state:
@@ -736,6 +763,17 @@ class Training:
                 **values,
             }
         )
+
+
+def _on_cpu(state: Any) -> Any:
+    """A copy that no update touches, and that takes no room on the device."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {key: _on_cpu(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_on_cpu(value) for value in state)
+    return copy.deepcopy(state)
 
 
 def _is_better(value: float, than: float, monitor: str) -> bool:

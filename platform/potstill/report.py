@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from potstill import metric_names, runs
+from potstill import console, metric_names, runs
 from potstill.console import duration
 from potstill.errors import UserError
 from potstill.predictions import (
@@ -110,8 +110,10 @@ def _heatmaps(run_dir: Path) -> Path | str | None:
 
     try:
         return write_heatmaps(run_dir)
-    except (UserError, OSError, KeyError) as error:
-        return str(error)
+    except Exception as error:  # a picture must not be the end of a training that has finished
+        said = str(error) or type(error).__name__
+        console.warn(f"No heat maps of {run_dir.name}: {said}")
+        return said
 
 
 # -------------------------------------------------------------------------------------- predictions

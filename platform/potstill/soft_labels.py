@@ -119,6 +119,27 @@ def refuse_recipe(config: Config) -> None:
             f"augment.views must be a number with soft labels, got null: {', '.join(on)} would give an image another look "
             f"in every epoch, which cannot all be kept; set augment.views=4, say, {online}"
         )
+    kind, top_k = config.task.get("kind", "single_label"), config.soft_labels.top_k
+    if top_k is None or config.teacher.soft_labels:  # a folder says itself what it keeps
+        return
+    if kind != "single_label":
+        raise UserError(
+            f"soft_labels.top_k must be null for task.kind={kind}, got {top_k}: its classes share no probability that could "
+            "be spread; set soft_labels.top_k=null"
+        )
+    _refuse_losses(config, {c: top_k for c in outputs_named(config) if c.endswith(".logits")})
+
+
+def _refuse_losses(config: Config, kept: Mapping[str, int | None]) -> None:
+    """Losses that would take log-probabilities for logits. `kept`: of each column the top K, null where all are."""
+    terms = [t for stage in stage_configs(config) for t in stage.task["terms"].items()]
+    for key, term in terms:
+        for column in term["inputs"]:
+            if (k := kept.get(column)) and term["loss"] in _NOT_OF_TOP_K:
+                raise UserError(
+                    f"task.terms.{key}.loss must be one that sees probabilities (kl, dkd, dist, hard_labels) where only the "
+                    f"top {k} of {column} are kept, got {term['loss']}; write all of them with soft_labels.top_k=null"
+                )
 
 
 def _random_keys(config: Config) -> list[str]:
@@ -202,6 +223,12 @@ def _key(about: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
+def key_of(config: Config, images: Keyed, classes: Sequence[str]) -> str:
+    """The name of the folder that `soft_labels` writes for this config, whose set has these classes."""
+    teachers, outputs = _teachers_of(config), outputs_named(config)
+    return _key(_about(config, images.key, classes, teachers, outputs))
+
+
 # ----------------------------------------------------------------------------------------- the writing
 def soft_labels(config: Config) -> Path:
     """Write the outputs of the config's teacher for `augment.views` crops of every training image, by Ray Data.
@@ -217,7 +244,6 @@ def soft_labels(config: Config) -> Path:
     config.teacher.soft_labels = None
     _resolve_paths(config)
     refuse_recipe(config)
-    _refuse_top_k(config)
     if not (teachers := _teachers_of(config)):
         raise UserError(
             "teacher.run must name the teacher whose outputs are to be kept, got null (and no teacher.weights, no "
@@ -257,15 +283,6 @@ def _resolve_paths(config: Config) -> None:
     for node in (vars(teacher), *config.teachers.values()):
         if node.get("weights") and Path(node["weights"]).expanduser().is_file():
             node["weights"] = resolved(node["weights"])
-
-
-def _refuse_top_k(config: Config) -> None:
-    kind, top_k = config.task.get("kind", "single_label"), config.soft_labels.top_k
-    if top_k is not None and kind != "single_label":
-        raise UserError(
-            f"soft_labels.top_k must be null for task.kind={kind}, got {top_k}: its classes share no probability that could "
-            "be spread; set soft_labels.top_k=null"
-        )
 
 
 @contextmanager
@@ -462,6 +479,10 @@ def _run(
         gpus = 0
         if config.scaling.use_gpu is not False:
             gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+        if config.scaling.use_gpu and not gpus:
+            raise UserError(
+                "scaling.use_gpu must be false or null on a machine without a GPU, got true"
+            )
         cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1] or [1]
         workers = min(len(shards), gpus or sum(cores))
         cpus = max(1, min(sum(cores) // workers, *cores))
@@ -749,7 +770,7 @@ class SoftLabels:
             raise _refused(
                 self.folder, f"lacks {', '.join(lacking)} (it has {', '.join(self.names)})"
             )
-        self._refuse_terms(config)
+        _refuse_losses(config, {c: a["top_k"] for c, a in self.manifest["columns"].items()})
         if isinstance(cache, Cache):
             train = cache.split("train").ids
             if not np.array_equal(np.sort(train), self.ids[self._by_id]):
@@ -759,19 +780,6 @@ class SoftLabels:
         known = self.manifest["sources"]
         sources = ", ".join(f"{name}: {known.get(name, '?')}" for name in self.about["teachers"])
         return f"holds the outputs of another teacher ({sources}) than {', '.join(asked)} of this config"
-
-    def _refuse_terms(self, config: Config) -> None:
-        """Losses that would take log-probabilities for logits."""
-        columns = self.manifest["columns"]
-        terms = [t for stage in stage_configs(config) for t in stage.task["terms"].items()]
-        for key, term in terms:
-            for column in term["inputs"]:
-                k = columns[column]["top_k"] if column in columns else None
-                if k and term["loss"] in _NOT_OF_TOP_K:
-                    raise UserError(
-                        f"task.terms.{key}.loss must be one that sees probabilities (kl, dkd, dist, hard_labels) where only the "
-                        f"top {k} of {column} are kept, got {term['loss']}; write all of them with soft_labels.top_k=null"
-                    )
 
     @cached_property
     def _by_id(self) -> np.ndarray:

@@ -55,6 +55,11 @@ class Term:
     scope: str = "sample"
     projection: str = "none"
 
+    @property
+    def taught(self) -> bool:
+        """Whether it learns from a teacher, too: then images without a label count."""
+        return any("." in name for name in self.inputs)
+
 
 def build_terms(
     terms: dict[str, dict[str, Any]],
@@ -212,7 +217,7 @@ class Task(nn.Module):
 
         The loss is this batch's share of the global batch's weighted mean: of each term, sum of w·l over
         the whole batch's sum of w. So the shares of ranks and micro-batches add up, whatever their sizes.
-        A term that takes labels counts `label_weight`, any other `weight`.
+        A term that takes labels and nothing of a teacher counts `label_weight`, any other `weight`.
 
         A term that needs the whole global batch gathers it from the ranks. Where this batch is only a part of the
         rank's, `known` says what the whole gave (see `relate`).
@@ -227,7 +232,7 @@ class Task(nn.Module):
                 share, sums[term.name] = self._related(columns, term, known)
                 loss = loss + weights[term.name] * share
                 continue
-            if "label" in term.inputs:
+            if "label" in term.inputs and not (term.taught and "mix" not in columns):
                 summed, total = self._labelled(columns, term), batch["label_weight_total"]
             else:
                 weight_B = batch["weight"]
@@ -294,7 +299,8 @@ class Task(nn.Module):
             whole = [
                 torch.cat(column) for column in zip(*(p[term.name] for p, _ in parts), strict=True)
             ]
-            student = whole[0].detach().requires_grad_()
+            # in fp32: half precision would lose small gradients, which no loss scale has lifted yet
+            student = whole[0].detach().float().requires_grad_()
             with torch.enable_grad():
                 value = _over_ranks(term, [student, *whole[1:]], weight_B)
                 (gradient,) = torch.autograd.grad(value, student)
@@ -304,6 +310,15 @@ class Task(nn.Module):
             Relations(values, {name: g[i] for name, g in gradients.items()})
             for i in range(len(parts))
         ]
+
+    def no_relations(self, batch: Batch) -> Relations | None:
+        """What stands for the terms over the whole batch where they are to be left out."""
+        if not self.relations:
+            return None
+        with torch.no_grad():
+            seen, weight_B = self.related_inputs(batch)
+        zeros = {name: torch.zeros_like(inputs[0]).float() for name, inputs in seen.items()}
+        return Relations({name: weight_B.new_zeros(()) for name in zeros}, zeros)
 
     def _related(
         self, columns: dict[str, Tensor], term: Term, known: Relations | None
@@ -315,7 +330,7 @@ class Task(nn.Module):
             value = whole.detach()
         else:
             value = known.values[term.name]
-            whole = (inputs[0] * known.gradients[term.name].to(inputs[0].dtype)).sum()
+            whole = (inputs[0].float() * known.gradients[term.name]).sum()
         share = weight_B.sum() / columns["weight_total"].clamp(min=1e-12)
         return value * share + whole - whole.detach(), Sum(value * weight_B.sum(), weight_B.sum())
 
@@ -370,7 +385,15 @@ def build_projections(
     mlp: two, with ReLU between. none: the widths must be equal.
     """
     found: dict[str, nn.Module] = {}
+    seen: dict[str, Term] = {}
     for term in terms:
+        before = seen.setdefault(term.name, term)
+        if (before.projection, before.inputs) != (term.projection, term.inputs):
+            raise UserError(
+                f"stages: task.terms.{term.name} must have the same inputs and projection in every stage, got "
+                f"{list(before.inputs)}, {before.projection} and {list(term.inputs)}, {term.projection}; give one of them "
+                "another name"
+            )
         if term.projection == "none" or term.name in found:
             continue
         key = f"task.terms.{term.name}.inputs"

@@ -101,6 +101,15 @@ class Guard:
         self.best, self.bad_epochs = value, 0
         return Event(self.term, self.level, self.weight, False, f"{why} ({value:.4f})")
 
+    def go_on_from(self, before: Guard) -> bool:
+        """Take over where the guard of an earlier stage stands, if it is of the same term, metric and levels."""
+        same = ("term", "metric", "levels")
+        if any(getattr(self, key) != getattr(before, key) for key in same):
+            return False
+        for key in ("level", "ceiling", "entered", "best", "bad_epochs"):
+            setattr(self, key, getattr(before, key))
+        return True
+
     def fall_back(self, why: str) -> Event:
         """Give the present level up for good."""
         assert self.level > 0
@@ -157,12 +166,12 @@ class Weight:
 
 
 def _check(key: str, schedule: Any, spec: Mapping[str, Any]) -> None:
-    if schedule not in KEYS:
+    if not isinstance(schedule, str) or schedule not in KEYS:
         raise UserError(
             f"{key}.schedule must be one of {', '.join(KEYS)}, got {schedule!r}; a weight that stays is a number"
         )
     needed, further = KEYS[schedule]
-    for name in spec:
+    for name in map(str, spec):
         if name not in (*needed, *further):
             near = difflib.get_close_matches(name, (*needed, *further), n=1)
             remedy = (
@@ -173,6 +182,10 @@ def _check(key: str, schedule: Any, spec: Mapping[str, Any]) -> None:
         if spec.get(name) is None:
             raise UserError(f"{key}.{name} must be given with schedule={schedule}, got null")
     match schedule:
+        case "complement":
+            _refuse_unless(
+                isinstance(spec["of"], str), f"{key}.of", "the name of a term", spec["of"]
+            )
         case "linear" | "cosine":
             for name in ("from", "to"):
                 _refuse_unless(_is_weight(spec[name]), f"{key}.{name}", "a number >= 0", spec[name])
@@ -205,6 +218,11 @@ def _check(key: str, schedule: Any, spec: Mapping[str, Any]) -> None:
                 "> 0",
                 spec["collapse"],
             )
+            rising = good and all(b > a for a, b in itertools.pairwise(levels))
+            _refuse_unless(rising, f"{key}.levels", "each larger than the one before", levels)
+            number = isinstance(reach, int | float) and not isinstance(reach, bool)
+            good = reach is None or (number and math.isfinite(reach))
+            _refuse_unless(good, f"{key}.reach", "null or a number", reach)
             good = reach is not None or patience is not None
             _refuse_unless(
                 good,
@@ -212,7 +230,8 @@ def _check(key: str, schedule: Any, spec: Mapping[str, Any]) -> None:
                 "given where patience is null, or no level is ever taken",
                 reach,
             )
-            good = patience is None or (isinstance(patience, int) and patience >= 1)
+            whole = isinstance(patience, int) and not isinstance(patience, bool)
+            good = patience is None or (whole and patience >= 1)
             _refuse_unless(good, f"{key}.patience", "null or an integer >= 1", patience)
 
 

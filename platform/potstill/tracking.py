@@ -354,7 +354,8 @@ class _AimRun:
 
 def _lineage(about: Record) -> Record:
     """Whom a run has learned from: `run.teacher.run == "<name>"` finds its students."""
-    of, soft = about.get("teacher_run"), about.get("soft_labels")
+    soft = about.get("soft_labels")
+    of = about.get("teacher_run") or (about.get("teachers") or {}).get("teacher")
     known: Record = {}
     with suppress(OSError, ValueError):
         known = runs.read_json(Path(of) / "aim.json") if of else {}

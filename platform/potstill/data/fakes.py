@@ -32,7 +32,7 @@ import numpy as np
 
 from potstill import config, console, runs
 from potstill.data.files import Place, explained, locate
-from potstill.data.folder import _tree
+from potstill.data.folder import tree
 from potstill.data.images import BadImage, decode_image, decode_with_size
 from potstill.data.sources import ALIASES, SPLITS, printable
 from potstill.errors import UserError
@@ -252,7 +252,7 @@ def _listed(root: Place, output: Path) -> tuple[dict[str, list[_Source]], Counte
     ignored: Counter[str] = Counter()
     digest = hashlib.sha256()
     listed: list[_Source] = []
-    for inner, size, _ in sorted(_tree(root, "images").files("", ignored)):
+    for inner, size, _ in sorted(tree(root, "images").files("", ignored)):
         digest.update(os.fsencode(inner) + f"\0{size}\0".encode())
         listed.append(_Source(inner, inner.rpartition("/")[0]))
     named = {s.inner.partition("/")[0] for s in listed if "/" in s.inner}

@@ -38,10 +38,10 @@ _TREE = "it must hold a folder a class (root/<class>/*.jpg), or train/ and val/ 
 def list_folder(data: Data) -> Listing:
     """The source `folder`. Raises UserError where the root is none, or holds no image."""
     root = _root(data.root)
-    tree = _tree(root, "data.root")
+    found = tree(root, "data.root")
     apart = locate(data.unlabeled, "data.unlabeled") if data.unlabeled else None
     ignored: Counter[str] = Counter()
-    entries = _walk(root, tree, ignored, apart)
+    entries = _walk(root, found, ignored, apart)
     if not entries:
         seen = f"{sum(ignored.values())} files that are no images" if ignored else "nothing"
         raise UserError(
@@ -61,7 +61,7 @@ def list_unlabeled(text: str) -> Listing:
     ignored: Counter[str] = Counter()
     entries = [
         Entry(f"unlabeled/{inner}", None, "train", size, mtime_ns, place=root.join(inner))
-        for inner, size, mtime_ns in _tree(root, "data.unlabeled").files("", ignored)
+        for inner, size, mtime_ns in tree(root, "data.unlabeled").files("", ignored)
     ]
     if not entries:
         raise UserError(
@@ -176,7 +176,7 @@ class _Tree(Protocol):
         ...
 
 
-def _tree(root: Place, key: str) -> _Tree:
+def tree(root: Place, key: str) -> _Tree:
     if root.local:
         return _LocalTree(root.path, key)
     with explained(root, key):

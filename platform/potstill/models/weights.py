@@ -269,19 +269,37 @@ def load_run_state(model: nn.Module, run_dir: Path, which: str | runs.Checkpoint
         )
 
 
-def load_file_state(model: nn.Module, path: str | Path, key: str = "teacher.weights") -> None:
+def load_file_state(
+    model: nn.Module,
+    path: str | Path,
+    key: str = "teacher.weights",
+    outputs: Sequence[str] | None = None,
+) -> list[int]:
     """Load a weights file into a model to the last tensor, its classifier among them, on whatever device it stands.
 
-    BatchNorm's count of batches may be missing. Raises UserError where the file cannot be read (see load_weights), or
+    Returns at which of the file's logits each of `outputs` [K], the classes that are asked for, stands: by name, where
+    the file names its classes or the model knows what they are (`file_classes`), else in the same order.
+    BatchNorm's count of batches may be missing. Raises UserError where it has other classes, where the file cannot be read (see load_weights), or
     where names or shapes differ.
     """
-    state, own = load_weights(path, key), _by_plain_name(model.state_dict())
+    state, known = _read(Path(path).expanduser(), key)
+    own = _by_plain_name(model.state_dict())
     counts = {n: t for n, t in own.items() if n.endswith("num_batches_tracked")}
     if differing := _load_whole(model, {**counts, **state}):
         raise UserError(
             f"{key} must be weights of {getattr(model, 'name', type(model).__name__)}, got {path}, with {len(differing)} "
             f"tensors that differ: {_some(differing)}; name the model that it was trained as (teacher.model)"
         )
+    if outputs is None:
+        return []
+    of_model: Sequence[str] = getattr(model, "file_classes", ())
+    known = known or (list(of_model) if len(of_model) == len(outputs) else list(outputs))
+    if set(known) != set(outputs):
+        raise UserError(
+            f"{key}: the logits of {path} stand for {', '.join(known)}, got data where they would stand for "
+            f"{', '.join(outputs)}; name the folders of the classes so (0_real and 1_fake for published real-or-fake weights)"
+        )
+    return [known.index(name) for name in outputs]
 
 
 def _load_whole(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
