@@ -36,8 +36,14 @@ EXPERIMENTS = sorted(p.stem for p in (config.CONF_DIR / "experiment").glob("*.ya
             r"schedule\.warmup_epochs must be < loop\.epochs \(10\), got 10",
         ),
         ("task=distil", r"teacher\.run must name the folder of a trained run.*add teacher\.run="),
-        ("task.terms.task.weight=-1", r"task\.terms\.task\.weight must be a number >= 0, or a mapping with schedule, got -1"),
-        ("model._target_=os.system", r"model\._target_ must be one of ladeda9, timm, tiny_ladeda, got 'os\.system'"),
+        (
+            "task.terms.task.weight=-1",
+            r"task\.terms\.task\.weight must be a number >= 0, or a mapping with schedule, got -1",
+        ),
+        (
+            "model._target_=os.system",
+            r"model\._target_ must be one of ladeda9, timm, tiny_ladeda, got 'os\.system'",
+        ),
         ("just-a-word", r"an argument must be key=value, got 'just-a-word'"),
         ("loop.epochs=(3", r"loop\.epochs=\(3 was refused"),
         ("data.classes=[]", r"data\.classes must name at least one class, got \[\]; null takes"),

@@ -197,7 +197,7 @@ class Gate:
 
 @dataclass
 class Distil:
-    """What jobs/distil.py does besides; jobs/train.py trains one student and does not look here."""
+    """What jobs/distil.py does besides training; jobs/train.py trains one student and does not look here."""
 
     teacher: str | None = None
     """Experiment that trains the teacher, where neither teacher.run nor teacher.weights names one."""
@@ -206,7 +206,7 @@ class Distil:
     finetune: str | None = None
     """Experiment that fine-tunes a teacher which the gate does not let pass; null: there is no fine-tuning."""
     finetune_overrides: list[str] = field(default_factory=list)
-    """Overrides of that experiment."""
+    """Overrides of that experiment; what its model is, the teacher says."""
     soft_labels: bool = False
     """true: write the teacher's outputs once, and let all students read them."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -214,7 +214,7 @@ class Distil:
     metric: str | None = None
     """What the students are compared by, such as val_auc; null is loop.monitor."""
     subset: str = "val"
-    """Images that the teacher is verified and the students are compared on: val | test."""
+    """Images that the teacher is verified and the students are compared on: val | test; it is diagnosed on val."""
 
 
 @dataclass

@@ -7,9 +7,9 @@ of an Aim run, and goes on to close it when the driver dies. What Aim holds is t
 new attempt, and by `fill`, the run is emptied and told again under the same hash.
 
 Names in Aim. Per epoch, as in training_history.json, with context {"subset": "train" | "val"}: loss, top1_acc,
-top5_acc, macro_f1, the metrics that were chosen, lr, images_per_s, seconds, loss/<term>, weighted_loss/<term>. Per
-update: batch_loss, batch_lr, batch_images_per_s. Then warnings (text), predictions (images), heatmaps (an image; of a
-patch model), confusion_matrix (figure; not of a multi-label task); attributes config, dataset, git, teacher_run,
+top5_acc, macro_f1, the metrics that were chosen, lr, images_per_s, seconds, loss/<term>, weight/<term>, weighted_loss/<term>. Per
+update: batch_loss, batch_lr, batch_images_per_s. Then warnings and course (texts: stages, levels), predictions (images), heatmaps (an image; of a
+patch model), confusion_matrix (figure; not of a multi-label task); attributes config, dataset, git, teacher_run, teacher,
 classes, versions, status, summary.
 """
 
