@@ -354,3 +354,69 @@ def test_cached_gradients_do_not_vanish_in_half_precision(half):
     assert rough.dtype == torch.float32
     assert (rough == 0).float().mean() < 0.01
     assert (rough - whole).norm() < 0.05 * whole.norm()
+
+
+# -------------------------------------------------------------------------------------- on two workers
+HINT = {"loss": "feature_mse", "inputs": ["features", "teacher.features"], "projection": "none"}
+
+
+def _hint_then_relations(task, begin, augment):
+    """FitNets' two stages: features alone, which leave the head without a gradient, then all."""
+    return [
+        stage(task, 1, 1e-2, terms={"hint": HINT}),
+        stage(task, 1, 1e-3, terms={**RELATIONS, "hint": HINT}),
+    ]
+
+
+def _staged(folder, **options):
+    options |= {"terms": {"hint": HINT}, "stages": _hint_then_relations, "epochs": 2}
+    teacher = Teacher(seeded(9, norm=False), "teacher", [0, 1, 2])
+    return run(folder, net=seeded(norm=False), teachers=[teacher], **options)
+
+
+def _of_rank(rank: int, port: int, folder: str, accumulate: int) -> None:
+    import functools
+    from pathlib import Path
+
+    import torch.distributed as dist
+
+    import test_loop
+
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    test_loop.Batches = functools.partial(test_loop.Batches, rank=rank, world_size=2)
+
+    class Session(LocalSession):
+        def log(self, record):
+            if self.rank == 0:
+                super().log(record)
+
+        def report(self, metrics, snapshot):
+            if self.rank == 0:
+                super().report(metrics, snapshot)
+
+        def resume_from(self):
+            return None, []
+
+    session = Session(Path(folder))
+    session.rank, session.world_size = rank, 2
+    _staged(Path(folder), session=session, attempt=1, accumulate=accumulate)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_stages_on_two_workers_are_those_of_one(tmp_path, accumulate):
+    """Stages that leave parameters out, projections, and relations over ranks and parts together."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "two").mkdir()
+    torch.multiprocessing.spawn(_of_rank, (port, str(tmp_path / "two"), accumulate), nprocs=2)
+    _staged(tmp_path / "one")
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(a[k], b[k], atol=2e-4) for k in a)
+    losses = [[e["train_loss"] for e in records(tmp_path / d, "epoch")] for d in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
