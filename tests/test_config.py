@@ -177,14 +177,16 @@ ODD = [
 
 @pytest.mark.parametrize("value", ODD)
 def test_plain_text_arrives_as_it_was_written(value, tmp_path):
+    elsewhere = {"from_run", "output", "images", "data_dir"}
     for job_name, keys in (
-        ("train", sorted(config.LITERAL - {"from_run", "output", "images", "data_dir"})),
+        ("train", sorted(config.LITERAL - {"teacher.weights", *elsewhere})),
+        ("train", ["data.root", "teacher.weights"]),  # a file or a run
         ("evaluate", ["from_run", "output", "data.root", "cache.dir"]),
         ("predict", ["from_run", "images"]),
         ("quickstart", ["data_dir"]),
     ):
         # unlabelled images are taken only where something learns from them
-        task = ["task=distil"] if job_name == "train" else []
+        task = ["task=distil", "teacher.model={_target_: timm}"] if job_name == "train" else []
         overrides = [*task, *(f"{key}={value}" for key in keys)]
         composed = dict(config.flatten(to_dict(compose(job_name, overrides))))
         assert {key: composed[key] for key in keys} == dict.fromkeys(keys, value)

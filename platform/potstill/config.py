@@ -1328,7 +1328,7 @@ def reads_native_pixels(model: dict[str, Any]) -> bool:
 def _check_native(config: Config) -> None:
     models = {"model": config.model}
     for name, spec in teacher_specs(config).items():
-        if spec["weights"]:
+        if spec["weights"] and spec["model"].get("_target_"):
             key = "teacher.model" if name == "teacher" else f"teachers.{name}.model"
             registry.check("model", spec["model"].get("_target_"))
             models[key] = spec["model"]
