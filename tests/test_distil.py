@@ -58,7 +58,9 @@ def student(conf: Path, tiny_tree: Path, cache_dir: Path, tmp_path_factory, ray_
 
     def make(*overrides: str) -> Config:
         places = [o for o in tiny_overrides(tiny_tree, cache_dir, folder) if "loop.epochs" not in o]
-        small = ["data.classes=[blue,red]", "loop.batch_size=8", "loop.epochs=1"]
+        small = ["data.classes=[blue,red]", "loop.batch_size=8"]
+        if not any(o.startswith("stages=") for o in overrides):
+            small.append("loop.epochs=1")
         return compose(
             "distil", ["experiment=tiny_student", *places, *small, *overrides], str(conf)
         )
@@ -127,6 +129,7 @@ ALL = [
 ]
 
 
+@pytest.mark.slow
 def test_the_whole_path_over_three_seeds(student, conf, worked, capsys):
     config = student("run.name=whole")
     result = path.distil(config, str(conf))
@@ -176,17 +179,9 @@ def test_the_whole_path_over_three_seeds(student, conf, worked, capsys):
     flipped = student("run.name=whole", "augment.tta=flip", *ONE_SEED)
     path.distil(flipped, str(conf))
     assert "evaluate-alone-s0" in worked, "what is measured is another thing"
-    sums = [
-        _sha256(Path(c["runs"]["alone"]["0"])) for c in (result, read(flipped, "comparison.json"))
-    ]
     worked.clear()
     path.distil(student("run.name=whole", *ONE_SEED), str(conf))
-    assert sums[0] == sums[1], "the same weights"
     assert {"evaluate-alone-s0", "evaluate-distilled-s0"} <= set(worked)
-
-
-def _sha256(run: Path) -> str:
-    return runs.best_checkpoint(run).meta["sha256"]["model.safetensors"]
 
 
 def test_a_comparison_of_an_earlier_config_is_taken_away(student, conf, worked):
