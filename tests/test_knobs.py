@@ -242,7 +242,7 @@ ELSEWHERE = {
     "task.terms.<term>.temperature": "test_knobs: test_the_teachers_temperature",
     "teacher.temperature": "test_knobs: test_the_teachers_temperature",
     "task.terms.<term>.beta": "test_knobs: test_how_a_teacher_teaches",
-    "task.terms.<term>.p": "test_knobs: test_how_a_teacher_teaches",
+    "task.terms.<term>.p": "test_distil_losses: test_attention_by_hand_and_what_it_does_not_see",
     "task.terms.<term>.projection": "test_knobs: test_how_a_teacher_teaches",
     "model.preprocessing": "test_patches: test_npr_by_hand_and_of_an_odd_size; "
     "test_patches: test_the_right_diagonal_by_hand",
@@ -332,7 +332,6 @@ def test_the_teachers_temperature(outcome, taught):
     [
         ("{loss: dkd, inputs: [logits, teacher.logits, label]}", "beta=0.5"),
         ("{loss: dist, inputs: [logits, teacher.logits]}", "beta=9.0"),
-        ("{loss: attention, inputs: [map, teacher.map]}", "p=4"),
         ("{loss: feature_mse, inputs: [features, teacher.features]}", "projection=mlp"),
     ],
 )
