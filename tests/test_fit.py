@@ -148,7 +148,7 @@ def test_every_size_that_images_grow_through_is_tried(tiny):
     config = tiny("augment.image_px=64", "augment.start_px=16", "loop.epochs=4")
     model = Odd()
     with pytest.raises(UserError, match="images have 32 px in some epoch: odd does not take them"):
-        _check_smaller_sizes(config, model, "odd")
+        _check_smaller_sizes(config, model, "odd", torch.device("cpu"))
     assert model.training
 
 

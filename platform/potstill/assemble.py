@@ -287,7 +287,8 @@ def build_training(
         soft.check(config, cache, cache.classes)
     teachers = [] if soft else build_teachers(config, cache.classes, device)
     for teacher in teachers:
-        _check_smaller_sizes(config, teacher, "the teacher", device)
+        names = [Path(s["run"] or s["weights"]).name for s in teacher_specs(config).values()]
+        _check_smaller_sizes(config, teacher, f"the teacher {', '.join(names)}", device)
     every = [term for of_stage in terms for term in of_stage]
     shapes, patches = _shapes(model, teachers, soft, image_px(config), device)
     for term in every:
@@ -436,7 +437,7 @@ def _check_smaller_sizes(config: Config, model: nn.Module, said: str, device: to
                 model({"image": torch.zeros(1, 3, px, px, device=device)})
     except (AssertionError, RuntimeError) as error:
         raise UserError(
-            f"augment.start_px and stages must lead to sizes that the model and its teacher take, got {start_px}, where images have "
+            f"augment.start_px must lead to sizes that the model and its teacher take, got {start_px}, where images have "
             f"{px} px in some epoch: {said} does not take them ({str(error).splitlines()[0]}); set augment.start_px=null"
         ) from None
     finally:
