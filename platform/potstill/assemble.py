@@ -293,9 +293,8 @@ def build_training(
     shapes, patches = _shapes(model, teachers, soft, image_px(config), device)
     for term in every:
         _bind_patches(term, patches)
-    torch.manual_seed(
-        config.loop.seed
-    )  # what was drawn so far depends on where the teacher's outputs come from
+    # what was drawn so far depends on where the teacher's outputs come from
+    torch.manual_seed(config.loop.seed)
     projections = {n: p.to(device) for n, p in build_projections(every, shapes).items()}
     task = Task(model, terms[0], kind, projections)
     if config.scaling.sync_batchnorm and session.world_size > 1 and device.type == "cuda":

@@ -483,6 +483,8 @@ class Ensemble(nn.Module):
         self.teachers = list(teachers)
         self.shares = [w / sum(weights) for w in weights]
         self.kind = kind
+        # asked here, where no device has to be waited for
+        self.whole = [i for i, t in enumerate(teachers) if bool(t.known_K.all())]
 
     def train(self, mode: bool = True) -> Ensemble:
         return super().train(False)
@@ -507,13 +509,12 @@ class Ensemble(nn.Module):
 
     def _completed(self, logits: Sequence[Tensor], known: Sequence[Tensor]) -> list[Tensor]:
         """Every teacher's probabilities [B,K] of all classes."""
-        whole = [i for i, k in enumerate(known) if bool(k.all())]
-        total = sum(self.shares[i] for i in whole)
-        base = sum(self.shares[i] / total * logits[i].softmax(dim=1) for i in whole)
+        total = sum(self.shares[i] for i in self.whole)
+        base = sum(self.shares[i] / total * logits[i].softmax(dim=1) for i in self.whole)
         assert isinstance(base, Tensor)
         said = []
         for i, (logits_BK, known_K) in enumerate(zip(logits, known, strict=True)):
-            if i in whole:
+            if i in self.whole:
                 said.append(logits_BK.softmax(dim=1))
                 continue
             among_BK = logits_BK.masked_fill(~known_K, -torch.inf).softmax(dim=1)

@@ -8,6 +8,7 @@ github.com/barcavia/RealTime-DeepfakeDetection-in-the-RealWorld (see published.p
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -23,7 +24,7 @@ _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _RIGHT_DIAGONAL = ((-2.0, -1.0, 0.0), (-1.0, 0.0, 1.0), (0.0, 1.0, 2.0))
 
 
-class PatchModel(nn.Module):
+class PatchModel(nn.Module, ABC):
     """What patch models share: their input, their outputs, their frozen parts.
 
     `{"image": [B, 3, H, W]}`, float in [0, 1], -> `patch_logits` [B, K, h, w]; `logits` [B, K], their mean;
@@ -113,9 +114,9 @@ class PatchModel(nn.Module):
             image = F.conv2d(image, self.diagonal.to(image.dtype), padding=1, groups=3)
         return image if self.input_scale == 1 else image * self.input_scale
 
+    @abstractmethod
     def patch_map(self, image: Tensor) -> Tensor:
         """Preprocessed [B, 3, H, W] -> [B, C, h, w]."""
-        raise NotImplementedError
 
     def train(self, mode: bool = True) -> PatchModel:
         """As ever, but what is frozen as a whole stays in eval mode, so that its BatchNorm stays put."""
