@@ -307,6 +307,16 @@ def test_identity_is_what_the_result_depends_on():
     assert differing_keys(base, other) == ["loop.seed: 0 -> 1", "optimizer.lr: 0.001 -> 0.5"]
 
 
+def test_the_identity_does_not_depend_on_the_current_folder(tmp_path, monkeypatch):
+    plain = compose("train", ["data.root=/d"])
+    taught = ["data.root=/d", "experiment=realfake_two_stage", "teacher=ladeda9"]
+    named, file = compose("train", taught), compose("train", [*taught, "teacher.weights=w"])
+    before = [config_hash(c) for c in (plain, named, file)]
+    monkeypatch.chdir(tmp_path)
+    after = [config_hash(c) for c in (plain, named, file)]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, False]
+
+
 def test_a_folder_of_experiments_can_be_added(tmp_path: Path):
     folder = tmp_path / ODD[0]
     (folder / "experiment").mkdir(parents=True)

@@ -1663,12 +1663,12 @@ def resolved(path: str | None) -> str | None:
 
 def resolve_teacher(teacher: dict[str, Any]) -> None:
     """Let a teacher's paths mean the same from any folder, in place."""
-    for key in ("run", "soft_labels", "weights_dir"):
+    weights = teacher.get("weights")
+    # a name is looked up in weights_dir; without one that folder says nothing
+    place = "weights_dir" if weights in NAMED_WEIGHTS else "weights"
+    for key in ("run", "soft_labels", place):
         if teacher.get(key):
             teacher[key] = resolved(teacher[key])
-    weights = teacher.get("weights")
-    if weights and weights not in NAMED_WEIGHTS:
-        teacher["weights"] = resolved(weights)
 
 
 def identity(config: Config) -> dict[str, Any]:
