@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "platform" / "potstill"
 MODULES = sorted(p for p in SOURCE.rglob("*.py") if p.name != "__init__.py")
 
-RAY = {"data/prepare.py", "fit.py", "cluster.py", "soft_labels.py"}
+RAY = {"data/prepare.py", "fit.py", "cluster.py", "soft_labels.py", "search.py", "search_tune.py"}
 # a module may import only what stands in its line (besides errors, config, runs and console)
 ALLOWED = {
     "losses": set(),

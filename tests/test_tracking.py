@@ -247,7 +247,7 @@ def test_a_killed_driver_leaves_a_closed_run_that_a_query_finds(repo, tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from potstill.tracking import AimFollower\n"
         f"f = AimFollower(Path({str(run_dir)!r}), Path({str(repo)!r}), print)\n"
-        "print(f._child.pid, flush=True); time.sleep(60)"
+        "print(f._writer._child.pid, flush=True); time.sleep(60)"
     )
     driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert driver.stdout is not None
@@ -288,8 +288,8 @@ def test_a_second_writer_waits_and_close_does_not_wait_for_ever(tmp_path):
         assert time.monotonic() - began < 10
     assert len(said) == 1
     assert "not done within 1.5 s" in said[0]
-    assert follower._child is not None
-    assert follower._child.returncode == -signal.SIGKILL
+    assert follower._writer._child is not None
+    assert follower._writer._child.returncode == -signal.SIGKILL
     assert not (tmp_path / ".aim").exists()
 
 

@@ -18,6 +18,8 @@ def start_ray(num_cpus: int | None = None) -> bool:
     # `uv run` would otherwise pack the working directory and start every worker through uv
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's own 15 lets a training starve beside whatever else the machine does
+    os.environ.setdefault("RAY_worker_niceness", "5")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     import ray
 

@@ -67,7 +67,7 @@ class Columns:
 @dataclass
 class Data:
     source: str = "folder"
-    """folder | manifest (CSV, JSONL, Parquet) | tar (WebDataset) | parquet (Hugging Face layout) | a plug-in's."""
+    """folder | manifest (CSV, JSONL, Parquet) | tar (WebDataset) | parquet (Hugging Face layout) | digits (scikit-learn's, written to root) | a plug-in's."""
     root: str | None = None
     """Folder, manifest or shards (`train-{000..099}.tar`): a path, or a URI (s3://, gs://, file://); must be given."""
     columns: Columns = field(default_factory=Columns)
@@ -200,7 +200,7 @@ class Distil:
     """What jobs/distil.py does besides training; jobs/train.py trains one student and does not look here."""
 
     teacher: str | None = None
-    """Experiment that trains the teacher, where neither teacher.run nor teacher.weights names one."""
+    """Experiment that trains the teacher, where neither teacher.run nor teacher.weights names one; jobs/tune.py takes it, too."""
     teacher_overrides: list[str] = field(default_factory=list)
     """Overrides of that experiment, such as data.root=<other images>."""
     finetune: str | None = None
@@ -239,6 +239,58 @@ class Fakes:
     """Quality that both classes are saved with, last of all; null saves both as PNG."""
     seed: int = 0
     """Of the choice of images and crops, and of the generator's random weights."""
+
+
+@dataclass
+class Search:
+    """What jobs/tune.py does with many trainings; jobs/train.py trains one and does not look here."""
+
+    name: str | None = None
+    """The file of conf/search/ that was chosen (search=…); set by it."""
+    space: dict[str, Any] = field(default_factory=dict)
+    """What is searched: config keys, each with {min, max, log, step}, a list of choices, or options that set several keys: docs/search.md."""
+    conditions: list[str] = field(default_factory=list)
+    """What must hold of every trial, such as `model.kwargs.dim % model.kwargs.heads == 0`: others are not started."""
+    constraints: list[str] = field(default_factory=list)
+    """What winners must keep to, such as `parameters <= 1e6`: by parameters, macs, file_mb or latency_ms before a trial is trained, by a metric afterwards."""
+    points: list[dict[str, Any]] = field(default_factory=list)
+    """Known good settings, by the names of the space: they are tried first."""
+    objectives: list[str] = field(default_factory=lambda: ["val_top1_acc"])
+    """What is sought, the first one decides: metrics of the journal (val_top1_acc, val_auc, …), parameters, macs, file_mb, latency_ms."""
+    algorithm: str = "tpe"
+    """tpe (with several objectives for their Pareto front) | random | nsga2. Source: arXiv:1907.10902, doi:10.1145/3377930.3389817, doi:10.1109/4235.996017"""
+    scheduler: str = "asha"
+    """asha | hyperband | median (stop what is behind) | pbt (the worst go on from the best) | none. Source: arXiv:1810.05934, arXiv:1603.06560, doi:10.1145/3097983.3098043, arXiv:1711.09846"""
+    grace_epochs: int = 1
+    """No trial is stopped before; with pbt the epochs between two changes."""
+    reduction: float = 3.0
+    """Of so many trials one goes on at each rung (asha, hyperband)."""
+    num_samples: int = 16
+    """Trials in all; a higher number lets a finished search go on."""
+    epochs: int | None = None
+    """Epochs of a trial at most; null: loop.epochs. Winners are trained again for loop.epochs."""
+    max_hours: float | None = None
+    """The search stops by then; the same command goes on. null sets no limit."""
+    max_concurrent_trials: int | None = None
+    """null: as many as the cores or GPUs take."""
+    cpus_per_trial: float | None = None
+    """null: scaling.cpus_per_worker for each worker, else the cores that belong to its GPU, else one."""
+    gpus_per_trial: float | None = None
+    """Such as 0.25: four trials share a GPU. null: one for each worker where there is one."""
+    silent_minutes: float = 60.0
+    """A trial that has not finished an epoch for so long is ended as failed."""
+    soft_labels: bool = False
+    """true: the teacher's outputs are written once, before the first trial, and all trials read them."""
+    latency_device: str | None = None
+    """cpu | cuda: where latency_ms is measured, once for each architecture while no trial runs; null: cuda where the trials use it."""
+    latency_batch: int = 32
+    """latency_ms is of one image; latency_ms_batch of so many, in one pass."""
+    seed: int = 0
+    """Of the choice of trials, not of their training (loop.seed)."""
+    retrain_best: int = 0
+    """So many winners are trained for loop.epochs over search.seeds when the search is done."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Of the winners' trainings; fixed before the first trial."""
 
 
 @dataclass
@@ -390,6 +442,7 @@ class Config:
     gate: Gate = field(default_factory=Gate)
     distil: Distil = field(default_factory=Distil)
     fakes: Fakes = field(default_factory=Fakes)
+    search: Search = field(default_factory=Search)
     scaling: Scaling = field(default_factory=Scaling)
     run: Run = field(default_factory=Run)
     runs: Runs = field(default_factory=Runs)
@@ -574,6 +627,7 @@ SCHEMAS: dict[str, type] = {
     "train": Config,
     "soft_labels": Config,
     "distil": Config,
+    "tune": Config,
     "make_fakes": MakeFakesConfig,
     "prepare": PrepareConfig,
     "evaluate": EvaluateConfig,
@@ -622,6 +676,7 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: str | None = N
     registry.load_plugins(getattr(config, "plugins", []))
     if isinstance(config, Config):
         config.experiment = choices.get("experiment") or config.experiment
+        config.search.name = choices.get("search") or config.search.name
         config = apply_debug(config) if config.debug else config
         given = any(o.partition("=")[0].lstrip("+") == "loop.epochs" for o in overrides)
         if given and config.stages:
@@ -631,7 +686,7 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: str | None = N
             )
         _count_stages(config)
     validate(config)
-    if isinstance(config, Config) and name != "distil":
+    if isinstance(config, Config) and name not in ("distil", "tune"):
         _refuse_missing_teacher(config)
     return config
 
@@ -639,7 +694,7 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: str | None = N
 # Open dicts of the config, whose keys are not ours to list.
 OPEN = (
     *("model.kwargs", "task.terms", "optimizer.lrs", "optimizer.kwargs"),
-    *("teacher.model", "teachers", "stages"),
+    *("teacher.model", "teachers", "stages", "search.space"),
 )
 
 
@@ -990,6 +1045,29 @@ RULES: dict[str, Check] = {
     "fakes.px": EVEN_PX,
     "fakes.jpeg_quality": _number(1, 100),
     "fakes.seed": _number(0),
+    "search.objectives": (
+        lambda v: bool(v) and len(set(v)) == len(v),
+        "must name at least one objective, each once",
+    ),
+    "search.algorithm": _one_of("tpe", "random", "nsga2"),
+    "search.scheduler": _one_of("asha", "hyperband", "median", "pbt", "none"),
+    "search.grace_epochs": _number(1),
+    "search.reduction": _number(1, open_low=True),
+    "search.num_samples": _number(1),
+    "search.epochs": _number(1),
+    "search.max_hours": _number(0, open_low=True),
+    "search.max_concurrent_trials": _number(1),
+    "search.cpus_per_trial": _number(0, open_low=True),
+    "search.gpus_per_trial": _number(0),
+    "search.silent_minutes": _number(0, open_low=True),
+    "search.latency_device": _one_of("cpu", "cuda"),
+    "search.latency_batch": _number(1),
+    "search.seed": _number(0),
+    "search.retrain_best": _number(0),
+    "search.seeds": (
+        lambda v: bool(v) and len(set(v)) == len(v) and all(s >= 0 for s in v),
+        "must be different numbers >= 0, at least one",
+    ),
     "generator": _one_of(*GENERATORS),
     "px": EVEN_PX,
     "jpeg_quality": _number(1, 100),
@@ -1243,6 +1321,8 @@ NODES: dict[str, tuple[Check, str]] = {
 }
 
 HINTS = {
+    "search.max_hours": "null sets no limit",
+    "search.reduction": "such as 3",
     "model": "use model=timm model.name=<name>",
     "model._target_": "use model._target_=timm",
     "model.name": "such as model.name=resnet18",
@@ -1605,7 +1685,7 @@ def checked(config: Any) -> Any:
 
     try:
         copied = OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(type(config)), _literal(to_dict(config)))
+            OmegaConf.merge(OmegaConf.structured(type(config)), literal(to_dict(config)))
         )
     except (OmegaConfBaseException, ValueError) as error:
         key = getattr(error, "full_key", "") or "the config"
@@ -1618,12 +1698,12 @@ def checked(config: Any) -> Any:
     return copied
 
 
-def _literal(value: Any) -> Any:
+def literal(value: Any) -> Any:
     """Text as it is: OmegaConf would take `${…}` in it for another key."""
     if isinstance(value, dict):
-        return {key: _literal(item) for key, item in value.items()}
+        return {key: literal(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_literal(item) for item in value]
+        return [literal(item) for item in value]
     return _without_interpolation(value) if isinstance(value, str) else value
 
 
@@ -1671,11 +1751,20 @@ def resolve_teacher(teacher: dict[str, Any]) -> None:
             teacher[key] = resolved(teacher[key])
 
 
+def resolve_paths(config: Config) -> None:
+    """A run must mean the same from any folder."""
+    config.data.root = resolved(config.data.root)
+    config.data.unlabeled = resolved(config.data.unlabeled)
+    for one in (vars(config.teacher), *config.teachers.values()):
+        resolve_teacher(one)
+    config.model["init_from"] = resolved(config.model.get("init_from"))
+
+
 def identity(config: Config) -> dict[str, Any]:
     """What a run's result depends on: the config without where it runs and where it is written."""
     values = to_dict(config)
     elsewhere = ("run", "runs", "tracking", "scaling", "cache", "debug", "experiment")
-    for key in (*elsewhere, "soft_labels", "gate", "distil", "fakes"):
+    for key in (*elsewhere, "soft_labels", "gate", "distil", "fakes", "search"):
         values.pop(key)
     values["loop"].pop("log_every_steps")
     values["scaling"] = {"sync_batchnorm": config.scaling.sync_batchnorm}

@@ -102,6 +102,36 @@ def _bar(console: Console, known_total: bool) -> Progress:
 
 
 @contextmanager
+def live(
+    view: Callable[[], tuple[str, Sequence[str], Sequence[Sequence[str]]]],
+) -> Iterator[Callable[[], None]]:
+    """Keep a table at the foot of a terminal. `view`: title, columns and rows. Yields what draws it anew.
+
+    Lines that are said meanwhile stand above it; where there is no terminal there are those lines alone.
+    """
+    from rich import box
+    from rich.live import Live
+    from rich.table import Table
+
+    console = standard()
+    if not console.is_terminal:
+        yield lambda: None
+        return
+
+    def drawn() -> Table:
+        title, columns, rows = view()
+        table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in columns:
+            table.add_column(Text(column), no_wrap=True, overflow="ellipsis")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        return table
+
+    with Live(drawn(), console=console, auto_refresh=False, transient=True) as shown:
+        yield lambda: shown.update(drawn(), refresh=True)
+
+
+@contextmanager
 def progress(
     description: str, total: int | None, console: Console | None = None
 ) -> Iterator[Callable[[float], None]]:

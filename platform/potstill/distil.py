@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from potstill import console, fit, gate, metric_names, runs
+from potstill.architecture import OF_THE_TRAINING
 from potstill.compare import as_markdown, compared, comparison_rows, conclusion
 from potstill.config import (
     Config,
@@ -60,11 +61,6 @@ TO_COME = "the-run-to-come"
 FEWEST_SEEDS = 3
 LATENCY_BATCHES = (1, 32)
 COMPARISON = ("comparison.json", "comparison.png", "comparison.md")
-
-_OF_THE_TRAINING = frozenset(
-    ("init_from", "pretrained", "freeze", "drop_path", "grad_checkpointing", "stem_momentum")
-)
-"""Keys of a model that change how it is trained, and not what its weights mean."""
 
 
 def distil(config: Config, config_dir: str | None = None) -> Result:
@@ -312,8 +308,8 @@ class _Path:
                 f"distil.finetune must be of the teacher's model, got {experiment}, where model.{key} is "
                 f"{own.get(key)!r}, and a teacher where it is {model.get(key)!r}"
             )
-        theirs = {k: v for k, v in model.items() if k not in _OF_THE_TRAINING}
-        ours = {k: v for k, v in own.items() if k in _OF_THE_TRAINING}
+        theirs = {k: v for k, v in model.items() if k not in OF_THE_TRAINING}
+        ours = {k: v for k, v in own.items() if k in OF_THE_TRAINING}
         return copy.deepcopy({**theirs, **ours})
 
     # ------------------------------------------------------------------------------------- its configs

@@ -28,8 +28,7 @@ from potstill.config import (
     load_run_config,
     reads_native_pixels,
     refuse_resampling,
-    resolve_teacher,
-    resolved,
+    resolve_paths,
     stage_configs,
     teacher_specs,
     to_dict,
@@ -39,12 +38,11 @@ from potstill.console import EpochPrinter
 from potstill.data.prepare import Plan, check, prepared
 from potstill.errors import RunFailed, Stopped, UserError
 from potstill.registry import load_plugins
+from potstill.sessions import JournalSession
 
 if TYPE_CHECKING:
-    from potstill.loop import Snapshot
     from potstill.runs import Checkpoint
 
-FLUSH_S = 0.5
 POLL_S = 0.1
 
 
@@ -54,8 +52,8 @@ def fit(config: Config) -> dict[str, Any]:
 
     Raises UserError, before anything expensive starts wherever that is possible, and Stopped.
     """
-    _resolve_paths(config)
-    run_dir = _run_folder(config)
+    resolve_paths(config)
+    run_dir = run_folder(config)
     if (done := _finished(run_dir)) is not None:
         _refuse_other_config(config, run_dir)
         console.say(f"{run_dir.name} has finished already; run.again=true starts another")
@@ -72,20 +70,12 @@ def fit(config: Config) -> dict[str, Any]:
     ):
         _refuse_other_data(run_dir, plan, found.cache_dir)
         write_identity(config, run_dir, plan, found.report["counts"])
-        findings = _seen_before(config, run_dir, found.cache_dir)
+        findings = seen_before(config, run_dir, found.cache_dir)
         return _train(config, run_dir, found.cache_dir, findings)
 
 
-def _resolve_paths(config: Config) -> None:
-    """A run must mean the same from any folder."""
-    config.data.root = resolved(config.data.root)
-    config.data.unlabeled = resolved(config.data.unlabeled)
-    for one in (vars(config.teacher), *config.teachers.values()):
-        resolve_teacher(one)
-    config.model["init_from"] = resolved(config.model.get("init_from"))
-
-
-def _run_folder(config: Config) -> Path:
+def run_folder(config: Config) -> Path:
+    """Where a config's run is written. Raises UserError for a name that is none."""
     base = config.run.name or "-".join(
         [config.experiment or "run", *(["debug"] if config.debug else []), config_hash(config)]
     )
@@ -255,13 +245,14 @@ def _check_columns(config: Config) -> None:
                 )
 
 
-def write_identity(config: Config, run_dir: Path, plan: Plan, counts: dict[str, int]) -> None:
-    """config.yaml and run.json: once, when the run begins."""
+def write_identity(
+    config: Config, run_dir: Path, plan: Plan, counts: dict[str, int], **further: Any
+) -> None:
+    """config.yaml and run.json: once, when the run begins. `further`: what else run.json is to hold."""
     if _has_begun(run_dir):
         return
     config.run.name = run_dir.name
     runs.atomic_write(run_dir / "config.yaml", to_yaml(config))
-    commit, dirty = _git()
     about = {
         "name": run_dir.name,
         "experiment": config.experiment,
@@ -278,19 +269,24 @@ def write_identity(config: Config, run_dir: Path, plan: Plan, counts: dict[str, 
             "root": config.data.root,
             "counts": counts,
         },
-        "git_commit": commit,
-        "git_dirty": dirty,
         "teacher_run": config.teacher.run,
         "teachers": _teachers_of(config),
         "soft_labels": config.teacher.soft_labels,
         "init_from": config.model.get("init_from"),
         "tags": config.run.tags,
         "config_hash": config_hash(config),
-        "versions": {
-            p: importlib.metadata.version(p) for p in ("potstill", "torch", "timm", "ray")
-        },
+        **about_code(),
+        **further,
     }
     runs.write_json(run_dir / "run.json", about)
+
+
+def about_code() -> dict[str, Any]:
+    """What a result was made with."""
+    commit, dirty = _git()
+    parts = ("potstill", "torch", "timm", "ray")
+    versions = {p: importlib.metadata.version(p) for p in parts}
+    return {"git_commit": commit, "git_dirty": dirty, "versions": versions}
 
 
 def _teachers_of(config: Config) -> dict[str, str]:
@@ -315,7 +311,7 @@ def _git() -> tuple[str | None, bool]:
         return None, False
 
 
-def _seen_before(config: Config, run_dir: Path, cache_dir: Path) -> list[dict[str, str]]:
+def seen_before(config: Config, run_dir: Path, cache_dir: Path) -> list[dict[str, str]]:
     """Warn of validation images that a teacher or an init_from was trained on; notes our own training images."""
     from potstill.data.cache import hash_prefixes, open_cache
 
@@ -361,9 +357,9 @@ def _train(
         if config.scaling.num_workers == 0:
             error = _train_here(payload)
         else:
-            error = _train_on_workers(config, payload)
+            error = train_on_workers(config, payload)
         _end_journal(run_dir, error)
-    summary = _summarise(run_dir)
+    summary = summarise(run_dir)
     if summary["epochs"]:
         report.report(run_dir, summary)
     # last: what is finished is not looked at again
@@ -411,7 +407,10 @@ def _train_here(payload: dict[str, Any]) -> BaseException | None:
     return None
 
 
-def _train_on_workers(config: Config, payload: dict[str, Any]) -> BaseException | None:
+def train_on_workers(
+    config: Config, payload: dict[str, Any], stop: threading.Event | None = None
+) -> BaseException | None:
+    """Returns what ended it before its time. `stop`: asks it to save and stop, as a signal does."""
     from potstill.cluster import start_ray
 
     start_ray()
@@ -441,6 +440,9 @@ def _train_on_workers(config: Config, payload: dict[str, Any]) -> BaseException 
             thread.start()
             while thread.is_alive():
                 thread.join(POLL_S)
+                if stop is not None and stop.is_set():
+                    scribe.ask_to_stop.remote()
+                    stop = None
     except KeyboardInterrupt as error:
         return error
     finally:
@@ -565,7 +567,7 @@ def _end_journal(run_dir: Path, error: BaseException | None) -> None:
     runs.append_records(run_dir, [record])
 
 
-def _summarise(run_dir: Path) -> dict[str, Any]:
+def summarise(run_dir: Path) -> dict[str, Any]:
     """summary.json: how the run ended and its best epoch, all from the journal."""
     records = runs.read_journal(run_dir)
     epochs = [r for r in records if r["kind"] == "epoch"]
@@ -678,65 +680,35 @@ def _work(payload: dict[str, Any]) -> None:
         raise
 
 
-class _RaySession:
+class _RaySession(JournalSession):
     """`loop.Session` over Ray Train: checkpoints by `runs`, journal by the driver's node."""
 
     def __init__(self, run_dir: Path, rank: int, world_size: int, payload: dict[str, Any]) -> None:
-        self.run_dir, self.rank, self.world_size = run_dir, rank, world_size
-        self.attempt, self.step = 1, 0
+        super().__init__(run_dir, rank, world_size)
         self._scribe = payload.get("scribe")
         self._stop: threading.Event | None = payload.get("stop")
         self.in_process = self._scribe is None
-        self._records: list[dict[str, Any]] = []
-        self._flushed = time.monotonic()
         self._asked = 0
 
-    def log(self, record: dict[str, Any]) -> None:
-        self.step = record["step"]
-        if self.rank:
-            return
-        self._records.append(record)
-        if record["kind"] != "step" or time.monotonic() - self._flushed > FLUSH_S:
-            self._flush()
-
-    def _flush(self) -> None:
+    def _write(self, records: list[dict[str, Any]]) -> None:
         if self._scribe is None:
-            runs.append_records(self.run_dir, self._records)
-        else:
-            import ray
+            super()._write(records)
+            return
+        import ray
 
-            ray.get(self._scribe.append.remote(self._records))
-        self._records, self._flushed = [], time.monotonic()
+        ray.get(self._scribe.append.remote(records))
 
-    def report(self, metrics: dict[str, Any], snapshot: Snapshot) -> None:
+    def _told(self, metrics: dict[str, Any], kept: Checkpoint | None) -> None:
         import ray.train
 
-        checkpoint = None
-        if self.rank == 0:
-            self._flush()  # the journal must not lack what lies before a checkpoint
-            checkpoint = ray.train.Checkpoint.from_directory(self._keep(snapshot).folder)
-        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
+        checkpoint = ray.train.Checkpoint.from_directory(kept.folder) if kept else None
         ray.train.report(
-            numbers, checkpoint, checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD
+            metrics, checkpoint, checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD
         )
-
-    def _keep(self, snapshot: Snapshot) -> Checkpoint:
-        s = snapshot
-        try:
-            kept = runs.save_checkpoint(
-                self.run_dir, s.step, s.model_state, s.state, s.meta, s.files
-            )
-        except OSError as error:
-            raise RunFailed(
-                f"runs.dir: the checkpoint of step {s.step} could not be written to {self.run_dir} "
-                f"({error.strerror}); make room there, and the same command goes on from the one before"
-            ) from None
-        runs.prune_checkpoints(self.run_dir, kept)
-        return kept
 
     def resume_from(self) -> tuple[Checkpoint | None, list[str]]:
         """Rank 0 looks, so that all ranks start from the same one. Collective."""
-        found = runs.newest_checkpoint(self.run_dir) if self.rank == 0 else (None, [])
+        found = super().resume_from() if self.rank == 0 else (None, [])
         if self.world_size == 1:
             return found
         import torch.distributed as dist
@@ -759,17 +731,3 @@ class _RaySession:
         if self.world_size > 1:
             dist.broadcast_object_list(told)
         return told[0]
-
-    def tell_failure(self, error: Exception) -> None:
-        """From any rank: the one that failed may not be the first."""
-        first_line = (str(error).strip().splitlines() or ["?"])[0]
-        message = f"worker {self.rank} failed: {type(error).__name__}: {first_line[:300]}"
-        self._records.append(self._record("warning", name="worker_failed", message=message))
-        self._flush()
-
-    def end(self, status: str, reason: str, best: dict[str, Any] | None) -> None:
-        self.log(self._record("end", status=status, reason=reason, best=best))
-
-    def _record(self, kind: str, **values: Any) -> dict[str, Any]:
-        about = {"kind": kind, "attempt": self.attempt, "step": self.step, "time": time.time()}
-        return {**about, **values}

@@ -723,8 +723,7 @@ class Training:
             if "averager" in state:
                 self.averager.load_state_dict(state["averager"])
             self.task.projections.load_state_dict(state.get("projections", {}))
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.learning_rate.load_state_dict(state["learning_rate"])
+            self._load_optimizer(state, checkpoint.meta.get("adopted") is not None)
             self.scaler.load_state_dict(state["scaler"])
             if self.guard is not None:
                 vars(self.guard).update(state["guard"])
@@ -752,6 +751,16 @@ class Training:
             pid=os.getpid(),
             **facts,
         )
+
+    def _load_optimizer(self, state: Mapping[str, Any], adopted: bool) -> None:
+        """What the optimizer and the learning rate know. `adopted`: another run's, whose settings are not ours."""
+        saved = state["optimizer"]
+        if adopted:
+            own = self.optimizer.state_dict()["param_groups"]
+            saved = {"state": saved["state"], "param_groups": own}
+        self.optimizer.load_state_dict(saved)
+        if not adopted:
+            self.learning_rate.load_state_dict(state["learning_rate"])
 
     def _log(self, kind: str, **values: Any) -> None:
         self.session.log(

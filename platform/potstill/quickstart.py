@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 from pathlib import Path
 from typing import Any
@@ -12,28 +11,9 @@ import numpy as np
 from potstill import console
 from potstill.compare import comparison
 from potstill.config import Config, QuickstartConfig, compose
+from potstill.data.digits import write_digits
 from potstill.data.prepare import prepare_shown, print_report
 from potstill.errors import UserError
-from potstill.runs import atomic_write
-
-
-def write_digits(root: Path) -> Path:
-    """Write scikit-learn's 1,797 digits (8 x 8 grey levels) as PNGs in class folders; what is there stays.
-
-    Returns `root`. UCI optical recognition of handwritten digits, Alpaydin & Kaynak 1998.
-    """
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    digits: Any = load_digits()
-    for i, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        path = root / str(label) / f"{i:04d}.png"
-        if not path.exists():
-            # 17 grey levels, 0 to 16
-            buffer = io.BytesIO()
-            Image.fromarray((image * 255 / 16).round().astype(np.uint8)).save(buffer, "png")
-            atomic_write(path, buffer.getvalue())
-    return root
 
 
 def quickstart(config: QuickstartConfig) -> dict[str, Any]:

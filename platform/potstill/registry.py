@@ -34,6 +34,7 @@ _KNOWN: dict[str, dict[str, Any]] = {
     "loss": {},
     "source": {
         "folder": "potstill.data.folder:list_folder",
+        "digits": "potstill.data.digits:list_digits",
         "manifest": "potstill.data.manifest:list_manifest",
         "parquet": "potstill.data.manifest:list_parquet",
         "tar": "potstill.data.tars:list_tar",

@@ -323,6 +323,40 @@ def _valid(folder: Path) -> Checkpoint | None:
     return None
 
 
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Raises UserError for what is none, or is damaged."""
+    if (found := _valid(folder)) is None:
+        raise UserError(
+            f"{folder} is not a checkpoint, or it is damaged (its SHA-256 does not match)"
+        )
+    return found
+
+
+def adopt_checkpoint(
+    run_dir: Path, donor: Checkpoint, name: str, value: float | None
+) -> Checkpoint:
+    """Let a run go on from another's checkpoint instead of its own, which are removed.
+
+    Its best epoch is from now on the one that the donor had just finished, whose monitored metric is `value`. `adopted`
+    in meta.json tells the loop that its settings are not the donor's.
+    """
+    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+    state = donor.state()
+    best = state["progress"]["best"]
+    best = {
+        **best,
+        "folder": donor.folder.name,
+        "step": donor.step,
+        "epoch": donor.meta["epoch"],
+        "value": value,
+    }
+    state["progress"]["best"] = best
+    meta = {**donor.meta, "best": best, "adopted": name}
+    others = [n for n in donor.meta["sha256"] if n not in ("model.safetensors", "state.pt")]
+    files = {n: (donor.folder / n).read_bytes() for n in others}
+    return save_checkpoint(run_dir, donor.step, donor.model_state(), state, meta, files)
+
+
 def newest_checkpoint(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest valid checkpoint, and the names of newer ones that were passed over as damaged."""
     passed_over = []

@@ -1,0 +1,734 @@
+"""Many trainings, to find the best for a budget: the driver's side (Ray Tune's part in it is search_tune.py).
+
+The record is the search's own (search_plan.py), not Tune's: what Tune keeps of an experiment is thrown away, and a search
+that goes on is a new Tune experiment, told what has ended. A trial of one worker runs the loop inside the Tune trial, whose
+process goes on to the next one; a trial of several has a TorchTrainer of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import math
+import os
+import random
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from potstill import console, fit, metric_names, runs
+from potstill.architecture import device_name
+from potstill.config import (
+    Config,
+    checked,
+    compose,
+    has_teacher,
+    resolve_paths,
+    to_dict,
+    to_yaml,
+)
+from potstill.data.prepare import Plan, check, prepared
+from potstill.errors import Stopped, UserError
+from potstill.search_plan import (
+    MOST_DRAWS,
+    Ledger,
+    Proposer,
+    Refused,
+    SearchPlan,
+    curve_of,
+    trial_name,
+)
+from potstill.search_results import TrialResult, best_of, ranked, write_results
+
+POLL_S = 0.2
+RESULTS_EVERY_S = 30.0
+
+
+# ------------------------------------------------------------------------------------------ the driver
+def tune(config: Config, config_dir: str | None = None) -> dict[str, Any]:
+    """Search, or go on with it. Returns what summary.json of the search holds. `config_dir` is searched for the
+    teacher's experiment, too.
+
+    Raises UserError, before the first trial wherever that is possible, and Stopped after Ctrl-C.
+    """
+    config = copy.deepcopy(config)
+    resolve_paths(config)
+    teacher = _teacher_to_train(config, config_dir)
+    if teacher is not None:
+        config.teacher.run = str(fit.run_folder(teacher))
+    plan = SearchPlan(config)
+    with runs.lock(plan.folder):
+        if teacher is not None:
+            console.say("Teacher", "bold underline")
+            fit.fit(teacher)
+        return _Search(plan).run()
+
+
+def show_best(config: Config) -> None:
+    """Print what a search has found so far; nothing is started."""
+    teacher = _teacher_to_train(config, None)
+    if teacher is not None:
+        config.teacher.run = str(fit.run_folder(teacher))
+    plan = SearchPlan(config)
+    trials = list(Ledger.read(plan.folder).trials.values())
+    order = [t for t in ranked(trials, plan.objectives) if t.state != "waiting"]
+    rows = [
+        [
+            t.name,
+            t.state,
+            *(_shown(o.name, t.values.get(o.name)) for o in plan.objectives),
+            str(t.epochs),
+        ]
+        for t in order[:20]
+    ]
+    if rows:
+        columns = ["trial", "state", *(o.name for o in plan.objectives), "epochs"]
+        console.table(columns, rows, title=str(plan.folder))
+    else:
+        console.say(f"{plan.folder}: no trial has ended yet")
+
+
+def _teacher_to_train(config: Config, config_dir: str | None) -> Config | None:
+    """The config of the teacher that distil.teacher names, where terms take one and none is given."""
+    if has_teacher(config) or not config.distil.teacher:
+        return None
+    given = [f"experiment={config.distil.teacher}", *(["debug=true"] if config.debug else [])]
+    found: Config = compose("train", [*given, *config.distil.teacher_overrides], config_dir)
+    if found.data.root is None:
+        own = found.data
+        for name in ("source", "root", "columns", "allow_outside"):
+            setattr(own, name, copy.deepcopy(getattr(config.data, name)))
+    for section in ("cache", "runs", "tracking", "scaling"):
+        setattr(found, section, copy.deepcopy(getattr(config, section)))
+    resolve_paths(found)
+    return checked(found)
+
+
+class _Search:
+    def __init__(self, plan: SearchPlan) -> None:
+        self.plan, self.search, self.folder = plan, plan.search, plan.folder
+        self.data = self._check_data()
+        self.ledger = Ledger.read(self.folder)
+        self.proposer = Proposer(plan)
+        self.live: dict[int, dict[str, Any]] = {}
+        """Trials under way: the last result of each."""
+        self.stopping = ""
+        """Why no more is to be done, though there is more to do."""
+        self.broken: BaseException | None = None
+        self.aim: Any = None
+        self.began = time.time()
+        self._rng = random.Random(f"{self.search.seed}/{self.ledger.attempt}")
+        self._results = threading.Lock()
+        self._written = 0.0
+        self._held: tuple[Any, ...] | None = None
+
+    # --------------------------------------------------------------------------- before the first trial
+    def _check_data(self) -> dict[str, Plan]:
+        """Every set that trials train on, by its config; the refusals of a single run, for the first that is possible."""
+        plan, found = self.plan, {}
+        points = plan.space.finite(("data.",), 16)
+        if points is None:
+            raise UserError(
+                "search.space may choose among at most 16 sets of data.*, and from lists: each is prepared before the "
+                "first trial; search augment.* instead"
+            )
+        for point in points:
+            config = plan.config_of(point)
+            one = check(config.data, config.cache)
+            found[_data_key(config)] = one
+            plan.classes = one.rows.classes
+        first = plan.config_of(plan.points[0]) if plan.points else plan.config_of(points[0])
+        if self.search.soft_labels:
+            self._refuse_soft_labels()
+        fit.refuse_before_start(first, plan.folder, found[_data_key(first)])
+        fit.check_model(first)
+        return found
+
+    def _refuse_soft_labels(self) -> None:
+        """Settings that would need soft labels of their own."""
+        from potstill.soft_labels import refuse_recipe
+
+        for key in sorted(self.plan.keys):
+            if (
+                key.startswith(("augment.", "data.", "teacher.", "teachers."))
+                and key != "teacher.temperature"
+            ):
+                raise UserError(
+                    f"search.space.{key} cannot be searched with search.soft_labels=true: they are of one teacher and one "
+                    "augmentation; take it out, or set search.soft_labels=false"
+                )
+        refuse_recipe(self.plan.config)
+
+    def _soft_labels(self) -> None:
+        """The teacher's outputs, all that any trial takes; every trial then reads them."""
+        from potstill.soft_labels import soft_labels
+
+        plan = self.plan
+        wanted = {
+            c
+            for node in [plan.base["task"]["terms"], plan.search.space]
+            for c in _columns(node)
+            if c.startswith("teacher.")
+        }
+        every = plan.config_of(plan.points[0] if plan.points else {})
+        for column in sorted(wanted):
+            term = {"loss": "feature_mse", "inputs": ["features", column], "weight": 0.0}
+            every.task["terms"][f"kept_{column.partition('.')[2]}"] = term
+        plan.base["teacher"]["soft_labels"] = str(soft_labels(every))
+
+    def _time_architectures(self) -> None:
+        """Latency of all there may be, where they can be listed; else each is timed while no trial runs."""
+        plan = self.plan
+        if not plan.times():
+            return
+        plan.read_timed()
+        points = plan.architectures()
+        wanted = [c for p in points or () if (c := plan.untimed(p)) is not None]
+        unique = {plan.facts(c).key: c for c in wanted}
+        if not unique:
+            return
+        device = self._latency_device()
+        with console.progress(f"Timing on {device_name(device)}", len(unique)) as update:
+            for i, config in enumerate(unique.values()):
+                plan.time(config, device)
+                update(i + 1)
+
+    def _latency_device(self) -> str:
+        import torch
+
+        wanted = self.search.latency_device
+        if wanted == "cuda" and not torch.cuda.is_available():
+            raise UserError(
+                "search.latency_device must be cpu or null on a machine without a GPU, got cuda"
+            )
+        on_gpu = torch.cuda.is_available() and self.plan.config.scaling.use_gpu is not False
+        return wanted or ("cuda" if on_gpu else "cpu")
+
+    # ------------------------------------------------------------------------------------------- run
+    def run(self) -> dict[str, Any]:
+        plan, ledger = self.plan, self.ledger
+        plan.write_identity(fit.about_code())
+        console.say(f"Search: {self.folder}", "bold")
+        self._say_space()
+        with contextlib.ExitStack() as stack:
+            caches = {
+                key: stack.enter_context(
+                    prepared(one.data, one.cache, f"search {self.folder.name}", prefer=one.key)
+                ).cache_dir
+                for key, one in self._sets().items()
+            }
+            if self.search.soft_labels:
+                self._soft_labels()
+            self._time_architectures()
+            runs.mend_journal(self.folder)
+            ledger.add("attempt", epochs=plan.epochs, num_samples=self.search.num_samples)
+            for trial in ledger.ended():
+                self.proposer.ended(trial, self._curve(trial))
+            if ledger.trials:
+                console.say(
+                    f"Going on: {len(ledger.ended())} trials have ended, {len(ledger.unfinished())} are unfinished"
+                )
+            with self._aim():
+                if self._more_to_do():
+                    self._tune(caches)
+                self._mend_unheard()
+                summary = self._finish()
+                if not self.stopping and self.search.retrain_best and summary["best"]:
+                    from potstill.search_winners import retrain
+
+                    summary["winners"] = retrain(plan, self._trials())
+                    runs.write_json(self.folder / "summary.json", summary)
+        if self.broken is not None:
+            raise self.broken
+        if self.stopping:
+            raise Stopped(f"{self.stopping}; the same command goes on from here")
+        return summary
+
+    def _sets(self) -> dict[str, SimpleNamespace]:
+        found = {}
+        for point in self.plan.space.finite(("data.",), 16) or []:
+            config = self.plan.config_of(point)
+            key = _data_key(config)
+            found[key] = SimpleNamespace(
+                data=config.data, cache=config.cache, key=self.data[key].key
+            )
+        return found
+
+    def _say_space(self) -> None:
+        plan, search = self.plan, self.search
+        rows = [
+            [name, v.shown(), "" if v.when is None else v.when.text]
+            for name, v in plan.space.variables.items()
+        ]
+        console.table(["setting", "values", "where"], rows)
+        sought = ", ".join(
+            f"{o.name} {'up' if o.higher_is_better else 'down'}" for o in plan.objectives
+        )
+        console.say(
+            f"{search.num_samples} trials of up to {plan.epochs} epochs, {search.algorithm}, {search.scheduler}; {sought}"
+            + "".join(f"; {c.text}" for c in plan.constraints)
+        )
+
+    def _more_to_do(self) -> bool:
+        return bool(self.ledger.unfinished()) or len(self.ledger.trials) < self.search.num_samples
+
+    @contextlib.contextmanager
+    def _aim(self) -> Iterator[None]:
+        config = self.plan.config
+        if config.tracking.name != "aim":
+            yield
+            return
+        from potstill.tracking import AimWriter
+
+        repo = Path(config.tracking.repo or config.runs.dir).expanduser().absolute()
+        self.aim = AimWriter(repo, console.warn)
+        self.aim.follow(self.folder)
+        try:
+            yield
+        finally:
+            self.aim.close(timeout_s=300.0)
+
+    # ------------------------------------------------------------------------------------------- Tune
+    def _tune(self, caches: Mapping[str, Path]) -> None:
+        from potstill.cluster import start_ray
+
+        os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+        os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+        os.environ["TUNE_DISABLE_AUTO_CALLBACK_SYNCER"] = "1"
+        os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "86400"  # our own record is the one that counts
+        os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
+        # these two compare all trials with each other; the others are drawn when there is room for them
+        ahead = self.search.num_samples if self.search.scheduler in ("pbt", "hyperband") else 1
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(ahead)
+        start_ray()
+        import ray
+
+        from potstill.search_tune import run_trials
+
+        resources, at_once = self._resources(ray.cluster_resources())
+        console.say(f"{at_once} at a time, each with {_said(resources)}")
+        for name in ("ray.tune", "ray.air", "ray.train"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        outcome: list[BaseException] = []
+        at_a_time = at_once if ahead == 1 else None
+        storage = Path(tempfile.mkdtemp(prefix="potstill-tune-"))
+
+        def work() -> None:
+            try:
+                run_trials(self, caches, resources, at_a_time, storage)
+            except BaseException as error:
+                outcome.append(error)
+
+        # in the main thread Tune would put its own handler in the place of ours
+        thread = threading.Thread(target=work, name="ray-tune", daemon=True)
+        try:
+            with self._signals(), console.live(self._view) as show:
+                thread.start()
+                while thread.is_alive():
+                    thread.join(POLL_S)
+                    show()
+                    hours = self.search.max_hours or math.inf
+                    if not self.stopping and time.time() - self.began > 3600 * hours:
+                        self.stopping = f"search.max_hours={hours:g} is over"
+        finally:
+            shutil.rmtree(storage, ignore_errors=True)
+        if outcome and not self.stopping:
+            self.broken = outcome[0]
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        def handle(number: int, frame: object) -> None:
+            if self.stopping:
+                raise KeyboardInterrupt
+            self.stopping = "stopped"
+            console.say("Stopping; press Ctrl-C again to stop at once")
+
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _resources(self, there: Mapping[str, float]) -> tuple[dict[str, float], int]:
+        """Of one trial, and how many go at a time. Raises UserError for more than there is."""
+        search, scaling = self.search, self.plan.config.scaling
+        workers = max(scaling.num_workers, 1)
+        cpus_there, gpus_there = there.get("CPU", 1.0), there.get("GPU", 0.0)
+        use_gpu = gpus_there >= workers if scaling.use_gpu is None else scaling.use_gpu
+        gpus = (
+            search.gpus_per_trial if search.gpus_per_trial is not None else float(use_gpu) * workers
+        )
+        if search.cpus_per_trial:
+            cpus = search.cpus_per_trial
+        elif scaling.cpus_per_worker:
+            cpus = float(scaling.cpus_per_worker * workers)
+        else:
+            share = cpus_there * gpus / gpus_there if gpus and gpus_there else 1.0
+            cpus = max(1.0, math.floor(share)) if share >= 1 else 1.0
+            cpus = max(cpus, float(workers))
+        elsewhere = bool(os.environ.get("RAY_ADDRESS"))  # an autoscaling cluster may grow
+        if not elsewhere and (cpus > cpus_there or gpus > gpus_there):
+            raise UserError(
+                f"search.cpus_per_trial and search.gpus_per_trial must be <= what there is ({cpus_there:g} cores, "
+                f"{gpus_there:g} GPUs), got {cpus:g} and {gpus:g}"
+            )
+        at_once = math.floor(min(cpus_there / cpus, gpus_there / gpus if gpus else math.inf))
+        at_once = max(1, at_once)
+        if search.max_concurrent_trials:
+            if elsewhere:
+                at_once = search.max_concurrent_trials
+            at_once = min(at_once, search.max_concurrent_trials)
+            if search.scheduler in (
+                "pbt",
+                "hyperband",
+            ):  # all of their trials wait; the room must limit them
+                cpus = max(cpus, math.floor(cpus_there / at_once))
+        return {"cpu": cpus, **({"gpu": gpus} if gpus else {})}, at_once
+
+    # ---------------------------------------------------------------------- what Tune asks and tells
+    def next_trial(self, at_once: int | None) -> int | str:
+        """The number of the next trial, "later", or "over". Whatever is proposed is on the disk before it starts."""
+        if self.stopping:
+            return "over"
+        if at_once is not None and len(self.live) >= at_once:
+            return "later"
+        waiting = [t for t in self.ledger.unfinished() if t.number not in self.live]
+        if waiting:
+            trial = min(waiting, key=lambda t: t.number)
+            return self._start(trial.number)
+        if len(self.ledger.trials) >= self.search.num_samples:
+            return "over"
+        return self._propose()
+
+    def _propose(self) -> int | str:
+        plan, ledger = self.plan, self.ledger
+        for _ in range(MOST_DRAWS):
+            place = ledger.draws
+            if self._held is not None:
+                place, point, asked = self._held
+            elif place < len(plan.points):
+                point, asked = plan.points[place], None
+            else:
+                point, asked = self.proposer.draw(place)
+            config = plan.untimed(point)
+            if config is not None:
+                if self.live:  # not while trials run
+                    self._held = (place, point, asked)
+                    return "later"
+                plan.time(config, self._latency_device())
+            self._held = None
+            try:
+                config, measures = plan.admit(point)
+            except Refused as refusal:
+                if asked is not None:
+                    self.proposer.refused(asked)
+                ledger.add("refused", draw=place, point=point, why=str(refusal))
+                continue
+            return self._write_down(place, point, asked, measures)
+        last = [r["why"] for r in runs.read_journal(self.folder) if r["kind"] == "refused"][-1]
+        raise UserError(
+            f"search.space has no trial that may be started: {MOST_DRAWS} proposals in a row were refused, the last one "
+            f"for its {last}; widen search.space, or loosen search.conditions and search.constraints"
+        )
+
+    def _write_down(self, place: int, point: Any, asked: Any, measures: dict[str, float]) -> int:
+        number = len(self.ledger.trials)
+        config = self.plan.config_of(point, number)
+        run_dir = self.folder / "trials" / trial_name(number)
+        one = self.data[_data_key(config)]
+        about = {
+            "id": self.folder.name,
+            "number": number,
+            "point": point,
+            "dir": str(self.folder),
+        }
+        fit.write_identity(config, run_dir, one, {}, search=about)
+        source = "given" if asked is None else self.search.algorithm
+        self.ledger.add(
+            "proposed", draw=place, number=number, point=point, source=source, measures=measures
+        )
+        if asked is not None:
+            self.proposer.accepted(asked, number)
+        return self._start(number)
+
+    def _start(self, number: int) -> int:
+        self.live[number] = {}
+        if self.aim is not None:
+            self.aim.follow(self.folder / "trials" / trial_name(number))
+        return number
+
+    def explored(self, number: int, donor: int) -> dict[str, Any]:
+        """What a trial goes on with from another's weights: its settings, changed a little (pbt)."""
+        plan, ledger = self.plan, self.ledger
+        point = ledger.trials[donor].point
+        for _ in range(MOST_DRAWS):
+            tried = plan.space.mutate(point, plan.mutable(), self._rng)
+            with contextlib.suppress(Refused):
+                plan.admit(tried)
+                point = tried
+                break
+        config = plan.config_of(point, number)
+        run_dir = self.folder / "trials" / trial_name(number)
+        runs.atomic_write(run_dir / "config.yaml", to_yaml(config))
+        ledger.add("exploit", number=number, donor=donor, point=point)
+        return {"number": number, "donor": donor}
+
+    def heard(self, number: int, result: Mapping[str, Any]) -> None:
+        """An epoch of a trial."""
+        self.live.setdefault(number, {}).update(
+            {k: v for k, v in result.items() if isinstance(v, int | float)}
+        )
+
+    def ended(self, number: int, error: str | None) -> None:
+        """A trial has ended, by itself or not; one that was broken off by a stop of the search has not."""
+        if self.ledger.trials[number].state not in ("waiting", "running"):
+            return
+        run_dir = self.folder / "trials" / trial_name(number)
+        ends = [r for r in runs.read_journal(run_dir) if r["kind"] == "end"]
+        by_itself = bool(ends) and ends[-1]["status"] != "stopped"
+        self.live.pop(number, None)
+        if self.stopping and not by_itself:
+            return
+        if not by_itself:
+            _end_trial(run_dir, self.search.scheduler, error)
+        summary = fit.summarise(run_dir)
+        runs.write_json(run_dir / "summary.json", summary)
+        self._take(number, summary)
+        if self.aim is not None:
+            self.aim.follow(run_dir)
+            self.aim.over(run_dir)
+
+    def _take(self, number: int, summary: Mapping[str, Any]) -> None:
+        """A trial's result from its run's, into the record."""
+        trial = self.ledger.trials[number]
+        states = {"finished": "completed", "failed": "failed"}
+        state = states.get(summary["status"], "stopped early")
+        if summary["status"] == "stopped_early" and "has not improved" in summary["reason"]:
+            state = "completed"  # its own patience
+        metrics = {k: v for k, v in (summary["best_metrics"] or {}).items() if k.startswith("val_")}
+        values = {**trial.values, **metrics}
+        feasible = state != "failed" and self.plan.broken(values) is None
+        about = {
+            "number": number,
+            "name": trial.name,
+            "state": state,
+            "values": metrics,
+            "epochs": summary["epochs"],
+            "seconds": summary["seconds"],
+            "why": summary["reason"],
+            "feasible": feasible,
+        }
+        best = best_of([*self._trials(), _with(trial, about)], self.plan.objectives)
+        shown = {o.name: best.values.get(o.name) for o in self.plan.objectives} if best else {}
+        self.ledger.add("trial", **about, best=shown)
+        self.proposer.ended(trial, self._curve(trial))
+        self._say_trial(trial)
+        self._write_results(at_once=False)
+
+    def _mend_unheard(self) -> None:
+        """Trials that have ended, but whose end nobody could write down."""
+        for trial in self.ledger.unfinished():
+            run_dir = self.folder / "trials" / trial.name
+            ends = [r for r in runs.read_journal(run_dir) if r["kind"] == "end"]
+            if ends and ends[-1]["status"] in ("finished", "failed", "stopped_early"):
+                self.ended(trial.number, None)
+
+    def _curve(self, trial: TrialResult) -> dict[int, float]:
+        return curve_of(self.folder / "trials" / trial.name, self.plan.metric)
+
+    def _trials(self) -> list[TrialResult]:
+        return [self.ledger.trials[n] for n in sorted(self.ledger.trials)]
+
+    # ------------------------------------------------------------------------------------- to be seen
+    def _say_trial(self, trial: TrialResult) -> None:
+        done = len(self.ledger.ended())
+        values = ", ".join(
+            f"{o.name} {_shown(o.name, trial.values.get(o.name))}" for o in self.plan.objectives
+        )
+        what = trial.why if trial.state == "failed" else values
+        infeasible = "" if trial.feasible or trial.state == "failed" else ", beyond a constraint"
+        console.say(
+            f"{done}/{self.search.num_samples} {trial.name} {trial.state} after {trial.epochs} epochs: {what}{infeasible}"
+        )
+
+    def _view(self) -> tuple[str, list[str], list[list[str]]]:
+        """Title, columns and rows of what is shown while trials run."""
+        ended = self.ledger.ended()
+        best = best_of(ended, self.plan.objectives)
+        metric = self.plan.metric
+        rows = []
+        for number, now in sorted(self.live.items()):
+            left = now.get("seconds_left")
+            rows.append(
+                [
+                    trial_name(number),
+                    f"{int(now.get('epoch', 0))}/{self.plan.epochs}",
+                    _shown(metric, now.get(metric)),
+                    "starting" if left is None else console.duration(left),
+                    ", ".join(
+                        f"{k.rpartition('.')[2]} {_short(v)}"
+                        for k, v in self.ledger.trials[number].point.items()
+                    ),
+                ]
+            )
+        said = f"{len(ended)} of {self.search.num_samples} trials have ended"
+        if best is not None:
+            said += f"; best {best.name}: {_shown(metric, best.values.get(metric))}"
+        if (left := self._seconds_left()) is not None:
+            said += f"; about {console.duration(left)} left"
+        return said, ["trial", "epoch", metric, "left", "settings"], rows
+
+    def _seconds_left(self) -> float | None:
+        ours = [t for t in self.ledger.ended() if t.seconds]
+        if not ours:
+            return None
+        mean = sum(t.seconds for t in ours) / len(ours)
+        to_come = self.search.num_samples - len(self.ledger.ended())
+        return mean * to_come / max(1, len(self.live))
+
+    def _write_results(self, at_once: bool) -> None:
+        """The files of the search; now and then while trials run, beside Tune's thread."""
+        if not at_once and (
+            time.monotonic() - self._written < RESULTS_EVERY_S or self._results.locked()
+        ):
+            return
+        self._written = time.monotonic()
+        trials = [_copy(t) for t in self._trials()]
+
+        def write() -> None:
+            with self._results:
+                write_results(self.folder, trials, self.plan.objectives, self.folder.name)
+
+        if at_once:
+            write()
+        else:
+            threading.Thread(target=write, name="search-results", daemon=True).start()
+
+    def _finish(self) -> dict[str, Any]:
+        """Files, the summary, the best so far."""
+        from potstill.search_winners import write_experiments
+
+        self._write_results(at_once=True)
+        trials, plan = self._trials(), self.plan
+        experiments = write_experiments(plan, trials)
+        best = best_of(trials, plan.objectives)
+        count = {
+            s: sum(t.state == s for t in trials) for s in ("completed", "stopped early", "failed")
+        }
+        whole = not self.stopping and self.broken is None
+        summary = {
+            "name": self.folder.name,
+            "status": "finished" if whole else "stopped",
+            "trials": len(trials),
+            **{k.replace(" ", "_"): v for k, v in count.items()},
+            "refused": self.ledger.refused,
+            "epochs": sum(t.epochs for t in trials),
+            "best": None
+            if best is None
+            else {"trial": best.name, "point": best.point, **best.values},
+            "pareto": [t.name for t in experiments.values()],
+            "seconds": time.time() - self.began,
+        }
+        runs.write_json(self.folder / "summary.json", summary)
+        reason = self.stopping or (str(self.broken) if self.broken else "")
+        told = {o.name: best.values.get(o.name) for o in plan.objectives} if best else {}
+        status = "finished" if whole else "failed" if self.broken else "stopped"
+        self.ledger.add("end", status=status, reason=reason, best=told)
+        said = ", ".join(f"{n} {state}" for state, n in count.items() if n)
+        refused = f"; {self.ledger.refused} proposals refused" if self.ledger.refused else ""
+        console.say(
+            f"{len(trials)} trials ({said or 'none ended'}){refused}, {summary['epochs']} epochs"
+        )
+        if best is not None:
+            values = ", ".join(
+                f"{o.name} {_shown(o.name, best.values.get(o.name))}" for o in plan.objectives
+            )
+            console.say(f"Best: {best.name}, {values}", "bold")
+            for name, value in best.point.items():
+                console.say(f"  {name}: {_short(value)}")
+            console.say(
+                f"Train it: uv run jobs/train.py --config-dir {self.folder} experiment=best"
+            )
+        console.say(
+            f"Written: {self.folder}  (leaderboard.csv, pareto.png, pareto.html, plots/, experiment/)"
+        )
+        return summary
+
+
+def _data_key(config: Config) -> str:
+    return json.dumps(to_dict(config)["data"], sort_keys=True)
+
+
+def _columns(node: Any) -> Iterator[str]:
+    """Every column that terms anywhere below name."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            if key == "inputs" and isinstance(value, list):
+                yield from (c for c in value if isinstance(c, str))
+            else:
+                yield from _columns(value)
+    elif isinstance(node, list):
+        for item in node:
+            yield from _columns(item)
+
+
+def _copy(trial: TrialResult) -> TrialResult:
+    return TrialResult(**{**vars(trial), "values": dict(trial.values), "point": dict(trial.point)})
+
+
+def _with(trial: TrialResult, about: Mapping[str, Any]) -> TrialResult:
+    changed = _copy(trial)
+    changed.values |= about["values"]
+    changed.state, changed.feasible = about["state"], about["feasible"]
+    return changed
+
+
+def _shown(name: str, value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "–"
+    if name in ("parameters", "macs"):
+        return f"{value:,.0f}"
+    if name.startswith(("latency", "file")):
+        return f"{value:.2f}"
+    return metric_names.shown(name, value)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else text[:39] + "…"
+
+
+def _said(resources: Mapping[str, float]) -> str:
+    names = {"cpu": "core", "gpu": "GPU"}
+    return " and ".join(f"{v:g} {names[k]}{'s' if v > 1 else ''}" for k, v in resources.items())
+
+
+def _end_trial(run_dir: Path, scheduler: str, error: str | None) -> None:
+    """Write down what the trial's process could not: who stopped it, or that it was lost."""
+    runs.mend_journal(run_dir)
+    records = runs.read_journal(run_dir)
+    epochs = [r for r in records if r["kind"] == "epoch"]
+    step = max((r["step"] for r in records if r["kind"] in ("epoch", "checkpoint")), default=0)
+    if error is not None:
+        status, reason = "failed", error
+    elif not epochs:
+        status, reason = "failed", "it ended without a single epoch"
+    else:
+        status, reason = "stopped_early", f"{scheduler} stopped it after {len(epochs)} epochs"
+    last = {"attempt": max(1, runs.last_attempt(run_dir)), "step": step, "time": time.time()}
+    runs.append_records(
+        run_dir, [{"kind": "end", **last, "status": status, "reason": reason, "best": None}]
+    )

@@ -1,0 +1,472 @@
+"""What Ray Tune has to do with a search: when which trial runs, and the trial itself.
+
+A trial of one worker runs the loop inside the Tune trial, whose process goes on to the next one; a trial of several has a
+TorchTrainer of its own. Its folder is a run's: what Tune is given as a checkpoint only names one of ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from ray import tune
+from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, Stopper
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    HyperBandScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+from ray.tune.search import Searcher
+
+from potstill import fit, metric_names, runs
+from potstill.config import Config, load_run_config, to_dict
+from potstill.errors import UserError
+from potstill.registry import load_plugins
+from potstill.runs import Checkpoint
+from potstill.search_plan import trial_name
+from potstill.sessions import JournalSession
+
+if TYPE_CHECKING:
+    from potstill.search import _Search
+
+DONORS_KEPT = 4
+"""Checkpoints of a trial that others may go on from (pbt)."""
+LOCK_WAIT_S = 60.0
+"""A trial of a driver that was killed may still run for a moment."""
+MARK = "potstill.json"
+"""In what Tune takes for a checkpoint: which run's, and where it is."""
+
+# Tune pickles its parts to restore them one day, which we never do: they name their owner instead of holding it
+_OWNERS: dict[str, _Search] = {}
+
+
+def run_trials(
+    owner: _Search,
+    caches: Mapping[str, Path],
+    resources: dict[str, float],
+    at_once: int | None,
+    storage: Path,
+) -> None:
+    """Run trials until `owner.next_trial` has no more. `at_once`: how many, where Tune's room does not say it.
+
+    storage: a folder for what Tune keeps, which nobody reads again.
+    """
+    search, metric = owner.search, owner.plan.metric
+    mode = "max" if metric_names.higher_is_better(metric) else "min"
+    key = str(owner.folder)
+    _OWNERS[key] = owner
+    payload = {
+        "folder": key,
+        "caches": {name: str(path) for name, path in caches.items()},
+        "path": sys.path,
+        "cpus": max(1, int(resources["cpu"])),
+        "gpu": resources.get("gpu", 0),
+        "metric": metric,
+        "silent_s": 60 * search.silent_minutes,
+        "marks": search.scheduler in ("pbt", "hyperband"),
+        "donates": search.scheduler == "pbt",
+    }
+    scheduler = _scheduler(owner, metric, mode)
+    _tell_scheduler(scheduler, owner, metric)
+    try:
+        tune.Tuner(
+            tune.with_resources(tune.with_parameters(_run_trial, payload=payload), resources),
+            tune_config=tune.TuneConfig(
+                search_alg=_Proposals(key, at_once, metric, mode),
+                scheduler=scheduler,
+                num_samples=-1,
+                reuse_actors=True,
+                trial_name_creator=_name_of,
+                trial_dirname_creator=_name_of,
+            ),
+            run_config=RunConfig(
+                name="search",
+                storage_path=str(storage),
+                callbacks=[_Reporter(key)],
+                stop=_WhenAsked(key),
+                verbose=0,
+                failure_config=FailureConfig(max_failures=owner.plan.config.scaling.max_failures),
+                checkpoint_config=CheckpointConfig(),
+            ),
+        ).fit()
+    finally:
+        del _OWNERS[key]
+    if owner.broken is not None:
+        raise owner.broken
+
+
+def _name_of(trial: Any) -> str:
+    return trial_name(trial.config["number"])
+
+
+class _Proposals(Searcher):
+    """Hands on what the search proposes."""
+
+    def __init__(self, owner: str, at_once: int | None, metric: str, mode: str) -> None:
+        super().__init__(metric=metric, mode=mode)
+        self._owner, self._at_once = owner, at_once
+
+    def suggest(self, trial_id: str) -> Any:
+        owner = _OWNERS[self._owner]
+        try:
+            found = owner.next_trial(self._at_once)
+        except UserError as error:  # Tune would tell it with its own traceback
+            owner.broken = error
+            return Searcher.FINISHED
+        if isinstance(found, str):
+            return None if found == "later" else Searcher.FINISHED
+        return {"number": found}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict | None = None, error: bool = False
+    ) -> None:
+        pass  # _Reporter hears of it by the trial's number
+
+    def save(self, checkpoint_path: str) -> None:
+        Path(checkpoint_path).write_text("")
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a search goes on by its own journal")
+
+
+class _Reporter(Callback):
+    """Tells the search what its trials do."""
+
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
+
+    def on_trial_result(
+        self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
+    ) -> None:
+        _OWNERS[self._owner].heard(trial.config["number"], result)
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        _OWNERS[self._owner].ended(trial.config["number"], None)
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        owner = _OWNERS[self._owner]
+        owner.ended(trial.config["number"], f"its process was lost: {_cause(trial)}")
+
+
+def _cause(trial: Any) -> str:
+    """The last line of what Tune knows."""
+    with contextlib.suppress(Exception):
+        lines = str(trial.get_error() or "").strip().splitlines()
+        told = [line.strip() for line in lines if line.strip()]
+        return told[-1][:300] if told else "no reason was given"
+    return "no reason was given"
+
+
+class _WhenAsked(Stopper):
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        owner = _OWNERS[self._owner]
+        return bool(owner.stopping) or owner.broken is not None
+
+
+# ------------------------------------------------------------------------------------------ schedulers
+def _scheduler(owner: _Search, metric: str, mode: str) -> TrialScheduler:
+    """By epochs, not by Tune's iterations, which begin at 1 again whenever a trial is gone on with."""
+    search, epochs = owner.search, owner.plan.epochs
+    about: dict[str, Any] = {"time_attr": "epoch", "metric": metric, "mode": mode}
+    if search.scheduler == "asha":
+        return AsyncHyperBandScheduler(
+            **about,
+            max_t=epochs + 1,  # a whole trial ends by itself
+            grace_period=min(search.grace_epochs, epochs),
+            reduction_factor=search.reduction,
+        )
+    if search.scheduler == "hyperband":
+        return HyperBandScheduler(
+            **about, max_t=max(2, epochs), reduction_factor=max(2, round(search.reduction))
+        )
+    if search.scheduler == "median":
+        return MedianStoppingRule(**about, grace_period=search.grace_epochs, min_samples_required=3)
+    if search.scheduler == "pbt":
+        return _Population(
+            str(owner.folder),
+            **about,
+            perturbation_interval=search.grace_epochs,
+            custom_explore_fn=_unchanged,
+            log_config=False,
+        )
+    return FIFOScheduler()
+
+
+def _unchanged(config: dict[str, Any]) -> dict[str, Any]:
+    return config
+
+
+class _Population(PopulationBasedTraining):
+    """PBT over the search's own space, conditions kept (arXiv:1711.09846)."""
+
+    def __init__(self, owner: str, **options: Any) -> None:
+        super().__init__(**options)
+        self._owner = owner
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        # Tune refuses searchers here because it would change settings behind their back; ours hears of every change
+        super().on_trial_add(SimpleNamespace(search_alg=None), trial)  # type: ignore[arg-type]
+
+    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict, dict]:
+        owner = _OWNERS[self._owner]
+        return owner.explored(trial.config["number"], trial_to_clone.config["number"]), {}
+
+
+def _tell_scheduler(scheduler: TrialScheduler, owner: _Search, metric: str) -> None:
+    """Let a new scheduler know what trials of earlier starts have reached, so that it judges by them."""
+    if not isinstance(scheduler, AsyncHyperBandScheduler | MedianStoppingRule):
+        return  # the others compare trials that are there together
+    for trial in owner.ledger.trials.values():
+        curve = owner._curve(trial)
+        past = _Past(trial.name)
+        result: dict[str, Any] = {}
+        with contextlib.suppress(KeyError):
+            for epoch, value in sorted(curve.items()):
+                result = {"epoch": epoch, metric: value}
+                if isinstance(scheduler, AsyncHyperBandScheduler):
+                    scheduler._trial_info.setdefault(past.trial_id, scheduler._brackets[0])
+                scheduler.on_trial_result(None, past, result)  # type: ignore[arg-type]
+
+
+class _Past:
+    """A trial of an earlier start, as schedulers see it."""
+
+    def __init__(self, trial_id: str) -> None:
+        self.trial_id, self.status = trial_id, "TERMINATED"
+
+    def is_finished(self) -> bool:
+        return True
+
+
+# ------------------------------------------------------------------------------------------- the trial
+def _run_trial(config: dict[str, Any], payload: dict[str, Any]) -> None:
+    """One trial, in its process. Whatever it dies of is written down and ends it alone."""
+    run_dir = Path(payload["folder"]) / "trials" / trial_name(config["number"])
+    sys.path += [folder for folder in payload["path"] if folder not in sys.path]
+    with _locked(run_dir):
+        if _has_ended(run_dir):
+            return
+        trained: Config = load_run_config(run_dir)
+        session = _TrialSession(run_dir, payload)
+        session.attempt = 1 + runs.last_attempt(run_dir)
+        try:
+            with _watched(session, payload["silent_s"]):
+                load_plugins(trained.plugins)
+                _adopt_if_told(session, tune.get_checkpoint())
+                if trained.scaling.num_workers > 1:
+                    _train_by_workers(trained, session, payload)
+                else:
+                    _train_here(trained, session, payload)
+        except Exception as error:
+            (run_dir / "error.txt").write_text(traceback.format_exc())
+            session.end("failed", _reason(error), None)
+    if not session.told:
+        # schedulers must hear of a trial before it ends
+        tune.report({payload["metric"]: float("nan"), "epoch": 0})
+
+
+def _reason(error: Exception) -> str:
+    """In one line, what a trial died of."""
+    first = (str(error).strip().splitlines() or ["?"])[0][:300]
+    if isinstance(error, UserError):
+        return first
+    if type(error).__name__ == "OutOfMemoryError" or "out of memory" in first.lower():
+        return f"it does not fit in memory: {first}"
+    return f"{type(error).__name__}: {first}"
+
+
+def _has_ended(run_dir: Path) -> bool:
+    ends = [r for r in runs.read_journal(run_dir) if r["kind"] == "end"]
+    return bool(ends) and ends[-1]["status"] != "stopped"
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """As runs.lock, but patient."""
+    deadline = time.monotonic() + LOCK_WAIT_S
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(runs.lock(run_dir))
+                break
+            except UserError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+        yield
+
+
+@contextlib.contextmanager
+def _watched(session: _TrialSession, silent_s: float) -> Iterator[None]:
+    """End the process if the trial says nothing for so long: nobody else can end what hangs."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(min(1.0, silent_s / 4)):
+            if time.monotonic() - session.heard > silent_s:
+                reason = f"it has not finished an epoch for {silent_s / 60:g} minutes (search.silent_minutes)"
+                session.end("failed", reason, None)
+                os._exit(1)
+
+    threading.Thread(target=watch, name="trial-watchdog", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+class _TrialSession(JournalSession):
+    """`loop.Session` inside a Tune trial: every epoch is told to Tune, which may stop the trial there and then."""
+
+    def __init__(self, run_dir: Path, payload: Mapping[str, Any]) -> None:
+        super().__init__(run_dir)
+        self._payload = payload
+        self.heard = time.monotonic()
+        self.told = False
+        self._epoch: dict[str, Any] = {}
+
+    def log(self, record: dict[str, Any]) -> None:
+        super().log(record)
+        if record["kind"] == "epoch":
+            self._epoch = record
+
+    def _told(self, metrics: dict[str, Any], kept: Checkpoint | None) -> None:
+        if kept is None or not kept.meta["epoch_done"]:
+            return  # within an epoch: kept, but nothing to judge by
+        self.tell(self._epoch, kept)
+
+    def tell(self, epoch: Mapping[str, Any], kept: Checkpoint) -> None:
+        """Report an epoch's numbers. Does not return where Tune stops the trial."""
+        self.heard, self.told = time.monotonic(), True
+        numbers = {k: v for k, v in epoch.items() if isinstance(v, int | float)}
+        if not self._payload["marks"]:
+            tune.report(numbers)
+            return
+        folder = _donated(self.run_dir, kept) if self._payload["donates"] else kept.folder
+        mark = {
+            "run": self.run_dir.name,
+            "folder": str(folder),
+            "value": numbers.get(self._payload["metric"]),
+        }
+        with tempfile.TemporaryDirectory() as beside:
+            runs.write_json(Path(beside) / MARK, mark)
+            tune.report(numbers, checkpoint=tune.Checkpoint.from_directory(beside))
+        self.heard = time.monotonic()
+
+
+def _train_here(config: Config, session: _TrialSession, payload: Mapping[str, Any]) -> None:
+    import torch
+
+    from potstill.assemble import prepare_process, train_run
+
+    prepare_process(payload["cpus"])
+    if config.scaling.use_gpu and not torch.cuda.is_available():
+        raise UserError(
+            "scaling.use_gpu must be false or null on a machine without a GPU, got true"
+        )
+    device = torch.device("cuda:0" if payload["gpu"] and torch.cuda.is_available() else "cpu")
+    cache_dir = Path(payload["caches"][json.dumps(to_dict(config)["data"], sort_keys=True)])
+    findings = fit.seen_before(config, session.run_dir, cache_dir)
+    progress, early = train_run(config, cache_dir, session, device, session.attempt, findings)
+    why = f"{config.loop.monitor} has not improved for {progress.bad_epochs} epochs"
+    session.end("stopped_early" if early else "finished", why if early else "", progress.best)
+
+
+def _train_by_workers(config: Config, session: _TrialSession, payload: Mapping[str, Any]) -> None:
+    """A TorchTrainer; its journal is read, and told to Tune epoch by epoch."""
+    run_dir = session.run_dir
+    cache_dir = Path(payload["caches"][json.dumps(to_dict(config)["data"], sort_keys=True)])
+    task = {
+        "config": to_dict(config),
+        "run_dir": str(run_dir),
+        "cache_dir": str(cache_dir),
+        "findings": fit.seen_before(config, run_dir, cache_dir),
+        "path": sys.path,
+    }
+    stop = threading.Event()
+    outcome: list[BaseException | None] = []
+
+    def work() -> None:
+        try:
+            outcome.append(fit.train_on_workers(config, task, stop))
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=work, name="trial-trainer", daemon=True)
+    known = len([r for r in runs.read_journal(run_dir) if r["kind"] == "epoch"])
+    thread.start()
+    try:
+        while True:
+            alive = thread.is_alive()
+            kept, _ = runs.newest_checkpoint(run_dir)
+            epochs = [r for r in runs.read_journal(run_dir) if r["kind"] == "epoch"]
+            for record in epochs[known:]:
+                if kept is None or kept.step < record["step"]:
+                    break  # its checkpoint is about to be written
+                known += 1
+                session.tell(record, kept)
+            if not alive:
+                break
+            thread.join(0.5)
+    finally:  # Tune stops a trial by an exception out of `tell`
+        stop.set()
+        thread.join(LOCK_WAIT_S)
+    if outcome and outcome[0] is not None and not _has_ended(run_dir):
+        raise outcome[0]
+
+
+# --------------------------------------------------------------------------- going on from another's weights
+def _donated(run_dir: Path, kept: Checkpoint) -> Path:
+    """A second name for a checkpoint, under which the run itself does not remove it."""
+    root = run_dir / "donated"
+    folder = root / kept.folder.name
+    if not folder.exists():
+        beside = root / f".{kept.folder.name}"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.parent.mkdir(exist_ok=True)
+        shutil.copytree(kept.folder, beside, copy_function=_link)
+        beside.rename(folder)
+    for old in sorted(root.glob("step-*"))[:-DONORS_KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # not every file system has hard links
+        shutil.copyfile(source, target)
+
+
+def _adopt_if_told(session: _TrialSession, given: Any) -> None:
+    """Take over the weights that Tune hands on, where they are another trial's."""
+    if given is None:
+        return
+    with given.as_directory() as folder:
+        mark = runs.read_json(Path(folder) / MARK)
+    if mark["run"] == session.run_dir.name:
+        return  # paused: it goes on from its own
+    donor = runs.load_checkpoint(Path(mark["folder"]))
+    runs.adopt_checkpoint(session.run_dir, donor, mark["run"], mark["value"])
+    session.step = donor.step
+    session.note(f"goes on from {mark['run']}'s weights of step {donor.step} (pbt)")
