@@ -22,7 +22,7 @@ from potstill.registry import register
 if TYPE_CHECKING:
     from potstill.inference import ImagePredictions
 
-__all__ = ["Run", "compose", "evaluate", "predict", "register", "train"]
+__all__ = ["Run", "compose", "evaluate", "predict", "register", "train", "tune"]
 
 
 class Run:
@@ -58,6 +58,17 @@ def train(config: Config | Sequence[str]) -> Run:
     ready = _config.checked(config) if isinstance(config, Config) else compose(config)
     summary = fit(ready)
     return Run(Path(ready.runs.dir).expanduser().absolute() / summary["name"], summary)
+
+
+def tune(config: Config | Sequence[str]) -> dict[str, Any]:
+    """Search, or go on with it, as `jobs/tune.py` does. `config`: from `compose(…, job="tune")`, or its overrides.
+
+    Returns what summary.json of the search holds. Raises UserError, and Stopped after Ctrl-C.
+    """
+    from potstill import search
+
+    ready = config if isinstance(config, Config) else compose(config, job="tune")
+    return search.tune(ready)
 
 
 def evaluate(run: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:

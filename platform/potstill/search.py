@@ -16,7 +16,6 @@ import os
 import random
 import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -319,7 +318,8 @@ class _Search:
             logging.getLogger(name).setLevel(logging.ERROR)
         outcome: list[BaseException] = []
         at_a_time = at_once if ahead == 1 else None
-        storage = Path(tempfile.mkdtemp(prefix="potstill-tune-"))
+        storage = self.folder / ".tune"  # where all nodes see it, as they see the runs
+        shutil.rmtree(storage, ignore_errors=True)
 
         def work() -> None:
             try:
@@ -570,16 +570,18 @@ class _Search:
         rows = []
         for number, now in sorted(self.live.items()):
             left = now.get("seconds_left")
+            stage = "starting" if left is None else "training"
+            if left is not None and (stages := self.plan.config.stages):
+                stage = f"stage {int(now['stage'])}/{len(stages)}"
+            point = self.ledger.trials[number].point.items()
             rows.append(
                 [
                     trial_name(number),
+                    stage,
                     f"{int(now.get('epoch', 0))}/{self.plan.epochs}",
                     _shown(metric, now.get(metric)),
-                    "starting" if left is None else console.duration(left),
-                    ", ".join(
-                        f"{k.rpartition('.')[2]} {_short(v)}"
-                        for k, v in self.ledger.trials[number].point.items()
-                    ),
+                    "–" if left is None else console.duration(left),
+                    ", ".join(f"{k.rpartition('.')[2]} {_short(v)}" for k, v in point),
                 ]
             )
         said = f"{len(ended)} of {self.search.num_samples} trials have ended"
@@ -587,7 +589,7 @@ class _Search:
             said += f"; best {best.name}: {_shown(metric, best.values.get(metric))}"
         if (left := self._seconds_left()) is not None:
             said += f"; about {console.duration(left)} left"
-        return said, ["trial", "epoch", metric, "left", "settings"], rows
+        return said, ["trial", "stage", "epoch", metric, "left", "settings"], rows
 
     def _seconds_left(self) -> float | None:
         ours = [t for t in self.ledger.ended() if t.seconds]
