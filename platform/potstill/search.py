@@ -501,7 +501,7 @@ class _Search:
         if self.stopping and not by_itself:
             return
         if not by_itself:
-            _end_trial(run_dir, self.search.scheduler, error)
+            _end_trial(run_dir, self.search.scheduler, self.plan.epochs, error)
         summary = fit.summarise(run_dir)
         runs.write_json(run_dir / "summary.json", summary)
         self._take(number, summary)
@@ -568,7 +568,7 @@ class _Search:
         best = best_of(ended, self.plan.objectives)
         metric = self.plan.metric
         rows = []
-        for number, now in sorted(self.live.items()):
+        for number, now in sorted(list(self.live.items())):  # noqa: C414 (another thread changes it)
             left = now.get("seconds_left")
             stage = "starting" if left is None else "training"
             if left is not None and (stages := self.plan.config.stages):
@@ -718,7 +718,7 @@ def _said(resources: Mapping[str, float]) -> str:
     return " and ".join(f"{v:g} {names[k]}{'s' if v > 1 else ''}" for k, v in resources.items())
 
 
-def _end_trial(run_dir: Path, scheduler: str, error: str | None) -> None:
+def _end_trial(run_dir: Path, scheduler: str, whole: int, error: str | None) -> None:
     """Write down what the trial's process could not: who stopped it, or that it was lost."""
     runs.mend_journal(run_dir)
     records = runs.read_journal(run_dir)
@@ -728,6 +728,8 @@ def _end_trial(run_dir: Path, scheduler: str, error: str | None) -> None:
         status, reason = "failed", error
     elif not epochs:
         status, reason = "failed", "it ended without a single epoch"
+    elif len(epochs) >= whole:
+        status, reason = "finished", ""  # it was about to say so
     else:
         status, reason = "stopped_early", f"{scheduler} stopped it after {len(epochs)} epochs"
     last = {"attempt": max(1, runs.last_attempt(run_dir)), "step": step, "time": time.time()}

@@ -17,6 +17,7 @@ import copy
 import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -40,6 +41,7 @@ from potstill.config import (
     to_yaml,
 )
 from potstill.errors import UserError
+from potstill.expressions import near
 from potstill.fit import check_model
 from potstill.search_results import Objective, TrialResult
 from potstill.search_space import Expression, Point, Space
@@ -59,6 +61,10 @@ ARCHITECTURE = ("model.", "augment.image_px", "data.decode.image_px")
 MOST_ARCHITECTURES = 64
 MOST_DRAWS = 300
 """Proposals that may be refused in a row, before the space is called impossible."""
+
+
+_DIVERGED = re.compile(r"the (training|validation) loss is |weights are NaN")
+"""What loop.LossNotFinite says."""
 
 
 class Refused(Exception):
@@ -89,13 +95,21 @@ class SearchPlan:
                 "search.space must have at least one key, got none; use search=quickstart, or a file of your own beside "
                 "conf/search/template.yaml"
             )
-        self.base = to_dict(config)
+        self.objectives = [self._objective(n, "search.objectives") for n in search.objectives]
+        if not any(o.name not in MEASURES for o in self.objectives):
+            raise UserError(
+                "search.objectives must have a metric of validation, such as val_top1_acc, got "
+                f"{', '.join(search.objectives)}: what needs no training needs no search"
+            )
+        self.constraints = _expressions(search.constraints, "search.constraints")
+        for constraint in self.constraints:
+            for name in sorted(constraint.names):
+                self._objective(name, constraint.key)
+        self.base = to_dict(config)  # with the metrics that are sought
         self.base.pop("search")
         self.space = Space.parse(search.space, dict(flatten(self.base)))
         self.keys = self.space.keys()
         self.conditions = _expressions(search.conditions, "search.conditions")
-        self.constraints = _expressions(search.constraints, "search.constraints")
-        self.objectives = [self._objective(name) for name in search.objectives]
         # what is kept of a trial is its best epoch by what the search decides by
         self.metric = next(o.name for o in self.objectives if o.name not in MEASURES)
         self._check_names()
@@ -126,7 +140,8 @@ class SearchPlan:
         return {"search": settings, "base": identity(self.config)}
 
     # --------------------------------------------------------------------------------- what is refused
-    def _objective(self, name: str) -> Objective:
+    def _objective(self, name: str, key: str) -> Objective:
+        """`key`: who names it, for errors. A metric that is sought is measured."""
         if name in MEASURES:
             return Objective(name, higher_is_better=False)
         plain = name.removeprefix("val_")
@@ -134,10 +149,11 @@ class SearchPlan:
         if name == plain:
             known = [*MEASURES, "val_loss", *(f"val_{m}" for m in metric_names.ALWAYS)]
             raise UserError(
-                f"search.objectives must be of {', '.join(known)} or another metric of validation (val_auc, …), got {name!r}"
+                f"{key} must be of {', '.join(known)} or another metric of validation (val_auc, …), got {name!r}; "
+                f"{near(name, known)}"
             )
         if plain not in LOGGED:
-            metric_names.check(kind, [plain], key="search.objectives")
+            metric_names.check(kind, [plain], key=key)
             chosen = self.config.task.setdefault("metrics", [])
             if plain not in chosen:  # it is logged because it is sought
                 chosen.append(plain)
@@ -148,12 +164,19 @@ class SearchPlan:
         import difflib
 
         known = dict(flatten(self.base))
+        for condition in self.conditions:
+            there = {*self.space.values({}), *self._leaves(), "outputs", *MEASURES}
+            for name in sorted(condition.names - there):
+                raise UserError(
+                    f"{condition.key} must be over keys of the config, names of search.space, outputs, {', '.join(MEASURES)}, "
+                    f"got {name}; {near(name, there)}"
+                )
         for key in sorted(self.keys):
             free = ("task.terms.", "model.", "optimizer.kwargs.", "optimizer.lrs.", "teachers.")
             nodes = {k[:i] for k in known for i, c in enumerate(k) if c == "."}
             if key not in known and key not in nodes and not key.startswith(free):
-                near = difflib.get_close_matches(key, known, n=1)
-                remedy = f"; did you mean {near[0]}?" if near else ""
+                close = difflib.get_close_matches(key, known, n=1)
+                remedy = f"; did you mean {close[0]}?" if close else ""
                 raise UserError(f"search.space.{key} is not a key of a training's config{remedy}")
             if key.startswith(
                 ("run.", "runs.", "tracking.", "scaling.", "cache.", "plugins", "search.")
@@ -165,17 +188,22 @@ class SearchPlan:
                 raise UserError(
                     f"search.space.{key} cannot be searched: trials are compared by it; set search.epochs, or search.objectives"
                 )
-        if not any(o.name not in MEASURES for o in self.objectives):
-            raise UserError(
-                "search.objectives must have a metric of validation, such as val_top1_acc, got "
-                f"{', '.join(self.search.objectives)}: what needs no training needs no search"
-            )
         pbt = self.search.scheduler == "pbt"
         if pbt and not self.mutable():
             raise UserError(
                 "search.scheduler=pbt needs numbers that may change while a model trains (optimizer.*, task.terms.*, "
                 f"augment.*) in search.space, got {', '.join(self.space.variables)}; use search.scheduler=asha"
             )
+
+    def _leaves(self) -> set[str]:
+        """All keys that any choice of the space sets, below mappings too."""
+        return {
+            leaf
+            for variable in self.space.variables.values()
+            for key, values in variable.settings().items()
+            for value in values
+            for leaf, _ in flatten({key: value})
+        }
 
     def mutable(self) -> list[str]:
         """Variables that a trial may change when it goes on from another's weights."""
@@ -443,21 +471,20 @@ class Ledger:
         record = {
             "kind": kind,
             "attempt": self.attempt,
-            "step": len(self.ended()),
+            "step": len(self.ended()) + (kind == "trial"),
             "time": time.time(),
             **values,
         }
+        runs.append_records(self.folder, [record])
         attempt = self.attempt
         self._take(record)
-        self.attempt = attempt
-        record["step"] = len(self.ended())
-        runs.append_records(self.folder, [record])
+        self.attempt = attempt  # ours goes on
 
     def ended(self) -> list[TrialResult]:
-        return [t for t in self.trials.values() if t.state not in ("waiting", "running")]
+        return [t for t in list(self.trials.values()) if t.state not in ("waiting", "running")]
 
     def unfinished(self) -> list[TrialResult]:
-        return [t for t in self.trials.values() if t.state in ("waiting", "running")]
+        return [t for t in list(self.trials.values()) if t.state in ("waiting", "running")]
 
 
 def _lines(path: Path) -> list[bytes]:
@@ -529,11 +556,11 @@ class Proposer:
         state = optuna.trial.TrialState.COMPLETE if whole else optuna.trial.TrialState.FAIL
         one = len(self.plan.objectives) == 1
         seen: dict[int, float] = {}
-        if one and (
-            trial.state == "stopped early" or (trial.state == "failed" and "NaN" in trial.why)
-        ):
+        diverged = trial.state == "failed" and bool(_DIVERGED.match(trial.why))
+        if one and (trial.state == "stopped early" or diverged):
             state = optuna.trial.TrialState.PRUNED
-            seen = {e: v for e, v in curve.items() if math.isfinite(v)} if whole else {}
+            if whole and not diverged:
+                seen = {e: v for e, v in curve.items() if math.isfinite(v)}
         if trial.state == "failed" and state != optuna.trial.TrialState.PRUNED:
             state = optuna.trial.TrialState.FAIL
         told = [float(v) for v in values if v is not None] if state.name == "COMPLETE" else None

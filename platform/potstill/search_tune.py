@@ -362,7 +362,9 @@ class _TrialSession(JournalSession):
         if not self._payload["marks"]:
             tune.report(numbers)
             return
-        folder = _donated(self.run_dir, kept) if self._payload["donates"] else kept.folder
+        folder = kept.folder
+        if self._payload["donates"]:
+            folder = _donated(self.run_dir, kept, self.attempt)
         mark = {
             "run": self.run_dir.name,
             "folder": str(folder),
@@ -436,17 +438,20 @@ def _train_by_workers(config: Config, session: _TrialSession, payload: Mapping[s
 
 
 # --------------------------------------------------------------------------- going on from another's weights
-def _donated(run_dir: Path, kept: Checkpoint) -> Path:
-    """A second name for a checkpoint, under which the run itself does not remove it."""
+def _donated(run_dir: Path, kept: Checkpoint, attempt: int) -> Path:
+    """A second name for a checkpoint, under which the run itself does not remove it.
+
+    By attempt: a trial that went on from another's weights comes by the same steps once more.
+    """
     root = run_dir / "donated"
-    folder = root / kept.folder.name
+    folder = root / f"{attempt:04d}" / kept.folder.name
     if not folder.exists():
-        beside = root / f".{kept.folder.name}"
+        beside = folder.with_name(f".{kept.folder.name}")
         shutil.rmtree(beside, ignore_errors=True)
-        beside.parent.mkdir(exist_ok=True)
+        beside.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(kept.folder, beside, copy_function=_link)
         beside.rename(folder)
-    for old in sorted(root.glob("step-*"))[:-DONORS_KEPT]:
+    for old in sorted(root.glob("*/step-*"))[:-DONORS_KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
 
