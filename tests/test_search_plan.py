@@ -237,7 +237,7 @@ def test_the_config_of_a_trial(plan):
     )
     term = {"loss": "cross_entropy", "inputs": ["logits", "label"]}
     point = {"optimizer.lr": 3e-3, "size": "l", "task.terms.further": term}
-    trained = made.config_of(point, 7)
+    trained = made.placed(made.config_of(point), 7)
     assert (trained.optimizer.lr, trained.model["channels"]) == (3e-3, 8)
     assert (trained.loop.epochs, trained.schedule.warmup_epochs) == (4, 2)
     assert trained.loop.monitor == "val_auc"
@@ -593,7 +593,7 @@ def finished_search(made: SearchPlan, points: list[dict[str, Any]]) -> list[Tria
     """Folders of trials as a search writes them, without training them."""
     trials = []
     for number, point in enumerate(points):
-        trained = made.config_of(point, number)
+        trained = made.placed(made.config_of(point), number)
         runs.atomic_write(
             made.folder / "trials" / trial_name(number) / "config.yaml",
             yaml.safe_dump(_plain(trained)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import hashlib
 import inspect
 import itertools
@@ -1685,7 +1686,7 @@ def checked(config: Any) -> Any:
 
     try:
         copied = OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(type(config)), literal(to_dict(config)))
+            OmegaConf.merge(_structured(type(config)), literal(to_dict(config)))
         )
     except (OmegaConfBaseException, ValueError) as error:
         key = getattr(error, "full_key", "") or "the config"
@@ -1696,6 +1697,14 @@ def checked(config: Any) -> Any:
         _count_stages(copied)
     validate(copied)
     return copied
+
+
+@functools.cache
+def _structured(schema: type) -> Any:
+    """OmegaConf's form of a schema, which takes it a while; a merge copies it."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(schema)
 
 
 def literal(value: Any) -> Any:

@@ -126,7 +126,7 @@ class _Search:
         self.began = time.time()
         self._rng = random.Random(f"{self.search.seed}/{self.ledger.attempt}")
         self._results = threading.Lock()
-        self._written = 0.0
+        self._written = time.monotonic()
         self._held: tuple[Any, ...] | None = None
 
     # --------------------------------------------------------------------------- before the first trial
@@ -181,7 +181,7 @@ class _Search:
         for column in sorted(wanted):
             term = {"loss": "feature_mse", "inputs": ["features", column], "weight": 0.0}
             every.task["terms"][f"kept_{column.partition('.')[2]}"] = term
-        plan.base["teacher"]["soft_labels"] = str(soft_labels(every))
+        plan.read_soft_labels(str(soft_labels(every)))
 
     def _time_architectures(self) -> None:
         """Latency of all there may be, where they can be listed; else each is timed while no trial runs."""
@@ -444,7 +444,7 @@ class _Search:
 
     def _write_down(self, place: int, point: Any, asked: Any, measures: dict[str, float]) -> int:
         number = len(self.ledger.trials)
-        config = self.plan.config_of(point, number)
+        config = self.plan.placed(self.plan.config_of(point), number)
         run_dir = self.folder / "trials" / trial_name(number)
         one = self.data[_data_key(config)]
         about = {
@@ -478,7 +478,7 @@ class _Search:
                 plan.admit(tried)
                 point = tried
                 break
-        config = plan.config_of(point, number)
+        config = plan.placed(plan.config_of(point), number)
         run_dir = self.folder / "trials" / trial_name(number)
         runs.atomic_write(run_dir / "config.yaml", to_yaml(config))
         ledger.add("exploit", number=number, donor=donor, point=point)

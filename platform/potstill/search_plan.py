@@ -120,6 +120,7 @@ class SearchPlan:
         self.epochs = search.epochs or config.loop.epochs
         self.classes: Sequence[str] = ()
         self._facts: dict[str, Facts] = {}
+        self._last: tuple[str, Config] = ("", config)
         self.timed: dict[str, dict[str, Any]] = {}
         """By the key of an architecture: what architecture.timed has said."""
 
@@ -219,11 +220,17 @@ class SearchPlan:
         return names
 
     # ----------------------------------------------------------------------------------- one trial
-    def config_of(self, point: Point, number: int | None = None) -> Config:
-        """The training's config at a point; `number` gives it its place. Raises UserError for one that is none."""
+    def config_of(self, point: Point) -> Config:
+        """The training's config at a point. Raises UserError for one that is none."""
+        key = json.dumps(point, sort_keys=True)
+        if key != self._last[0]:
+            self._last = (key, self._config_of(point))
+        return copy.deepcopy(self._last[1])
+
+    def _config_of(self, point: Point) -> Config:
         values = copy.deepcopy(self.base)
-        for key, value in self.space.overrides(point).items():
-            _put(values, key, copy.deepcopy(value))
+        for name, value in self.space.overrides(point).items():
+            _put(values, name, copy.deepcopy(value))
         config = from_dict(Config, values)
         config.search.name = None
         config.loop.monitor = self.metric
@@ -234,10 +241,18 @@ class SearchPlan:
         config.tracking.name = "none"
         config.experiment = self.config.experiment
         config.run.tags = list(dict.fromkeys([*config.run.tags, f"search:{self.folder.name}"]))
-        if number is not None:
-            config.run.name = trial_name(number)
-            config.runs.dir = str(self.folder / "trials")
         return checked(config)
+
+    def read_soft_labels(self, folder: str) -> None:
+        """From now on no trial runs a teacher."""
+        self.base["teacher"]["soft_labels"] = folder
+        self._last = ("", self.config)
+
+    def placed(self, config: Config, number: int) -> Config:
+        """The config as that of a trial, in its own folder."""
+        config.run.name = trial_name(number)
+        config.runs.dir = str(self.folder / "trials")
+        return config
 
     def admit(self, point: Point) -> tuple[Config, dict[str, float]]:
         """A point's config, and the measures of its architecture. Raises Refused for a trial that must not be started."""
