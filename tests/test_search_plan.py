@@ -725,11 +725,11 @@ def test_the_curve_of_a_trial_is_its_own_last_way(tmp_path):
         ({"CPU": 2.0}, {}, 1, ({"cpu": 1.0}, 2)),
         ({"CPU": 2.0}, {"cpus_per_trial": 2.0}, 1, ({"cpu": 2.0}, 1)),
         ({"CPU": 8.0}, {"max_concurrent_trials": 3}, 1, ({"cpu": 1.0}, 3)),
-        ({"CPU": 8.0}, {}, 2, ({"cpu": 2.0}, 4)),
+        ({"CPU": 8.0}, {}, 2, ({"cpu": 0, "memory": 1e6}, 4)),  # its workers hold the cores
         ({"CPU": 16.0, "GPU": 2.0}, {}, 1, ({"cpu": 8.0, "gpu": 1.0}, 2)),
         ({"CPU": 16.0, "GPU": 2.0}, {"gpus_per_trial": 0.25}, 1, ({"cpu": 2.0, "gpu": 0.25}, 8)),
         ({"CPU": 16.0, "GPU": 2.0}, {"gpus_per_trial": 0.0}, 1, ({"cpu": 1.0}, 16)),
-        ({"CPU": 16.0, "GPU": 4.0}, {}, 2, ({"cpu": 8.0, "gpu": 2.0}, 2)),
+        ({"CPU": 16.0, "GPU": 4.0}, {}, 2, ({"cpu": 0, "memory": 1e6}, 2)),
         ({"CPU": 4.0, "GPU": 1.0}, {"gpus_per_trial": 0.1}, 1, ({"cpu": 1.0, "gpu": 0.1}, 4)),
         # with these two the room limits the number
         ({"CPU": 8.0}, {"scheduler": "pbt", "max_concurrent_trials": 2}, 1, ({"cpu": 4.0}, 2)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import importlib.metadata
 import logging
 import os
@@ -297,6 +298,7 @@ def _teachers_of(config: Config) -> dict[str, str]:
     return runs.read_json(Path(config.teacher.soft_labels) / "manifest.json").get("sources") or {}
 
 
+@functools.cache
 def _git() -> tuple[str | None, bool]:
     """The commit that this code is of, and whether it was changed since."""
 

@@ -394,6 +394,10 @@ class _Search:
                 "hyperband",
             ):  # all of their trials wait; the room must limit them
                 cpus = max(cpus, math.floor(cpus_there / at_once))
+        if (
+            workers > 1
+        ):  # its trainer's workers hold the cores and GPUs; the trial itself only waits for them
+            return {"cpu": 0, "memory": 1e6}, at_once
         return {"cpu": cpus, **({"gpu": gpus} if gpus else {})}, at_once
 
     # ---------------------------------------------------------------------- what Tune asks and tells
@@ -401,7 +405,7 @@ class _Search:
         """The number of the next trial, "later", or "over". Whatever is proposed is on the disk before it starts."""
         if self.stopping:
             return "over"
-        if at_once is not None and len(self.live) >= at_once:
+        if at_once is not None and len(self.live) >= at_once + self._ahead():
             return "later"
         waiting = [t for t in self.ledger.unfinished() if t.number not in self.live]
         if waiting:
@@ -410,6 +414,12 @@ class _Search:
         if len(self.ledger.trials) >= self.search.num_samples:
             return "over"
         return self._propose()
+
+    def _ahead(self) -> int:
+        """Trials that may be ready before there is room for them: what depends on no result need not wait for one."""
+        search = self.search
+        limited = search.max_concurrent_trials or self.plan.config.scaling.num_workers > 1
+        return int(search.algorithm == "random" and not limited)
 
     def _propose(self) -> int | str:
         plan, ledger = self.plan, self.ledger
@@ -714,6 +724,8 @@ def _short(value: Any) -> str:
 
 
 def _said(resources: Mapping[str, float]) -> str:
+    if not resources["cpu"]:
+        return "workers of its own"
     names = {"cpu": "core", "gpu": "GPU"}
     return " and ".join(f"{v:g} {names[k]}{'s' if v > 1 else ''}" for k, v in resources.items())
 

@@ -189,6 +189,12 @@ class SearchPlan:
                 raise UserError(
                     f"search.space.{key} cannot be searched: trials are compared by it; set search.epochs, or search.objectives"
                 )
+        workers, scheduler = self.config.scaling.num_workers, self.search.scheduler
+        if workers > 1 and scheduler in ("pbt", "hyperband"):
+            raise UserError(
+                f"search.scheduler={scheduler} needs trials of one worker, which it can pause, got scaling.num_workers={workers}; use "
+                "asha, median or none, or scaling=local"
+            )
         pbt = self.search.scheduler == "pbt"
         if pbt and not self.mutable():
             raise UserError(
