@@ -17,7 +17,7 @@ def main(config: Config, flags) -> None:
     from potstill.search import show_best, tune
 
     if flags.best:
-        show_best(config)
+        show_best(config, flags.config_dir)
     else:
         tune(config, flags.config_dir)
 

@@ -17,7 +17,7 @@ from conftest import COLOURS, run_job, tiny_overrides
 from potstill import runs
 from potstill.assemble import build_training
 from potstill.config import Config, compose, differing_keys
-from potstill.data.prepare import prepare
+from potstill.data.prepare import check, prepare
 from potstill.errors import UserError
 from potstill.search import _Search
 from potstill.search_plan import (
@@ -27,6 +27,7 @@ from potstill.search_plan import (
     SearchPlan,
     config_of_trial,
     curve_of,
+    data_key,
     trial_name,
 )
 from potstill.search_results import TrialResult
@@ -74,7 +75,9 @@ def config(given) -> Callable[..., Config]:
 def plan(config) -> Callable[..., SearchPlan]:
     def make(search: dict[str, Any], *overrides: str) -> SearchPlan:
         made = SearchPlan(config(search, *overrides))
-        made.classes = CLASSES
+        for point in made.space.finite(("data.",), 16) or [{}]:
+            one = made.config_of(point)
+            made.sets[data_key(one)] = check(one.data, one.cache)
         return made
 
     return make
@@ -325,6 +328,7 @@ def test_a_proposal_is_on_the_disk_before_its_trial_starts_and_refused_ones_have
                 "constraints": ["parameters < 200"],
                 "points": [{"model.channels": c} for c in (8, 4, 8, 2)],
                 "num_samples": 2,
+                "max_concurrent_trials": 2,
             }
         )
     )
@@ -361,7 +365,7 @@ def test_the_ledger_says_the_same_when_it_is_read_again(tmp_path):
     ledger.add(
         "proposed", draw=2, number=1, point={"a": 2}, source="random", measures={"parameters": 9}
     )
-    ledger.add("exploit", number=1, donor=0, point={"a": 3})
+    ledger.add("exploit", number=1, donor=0, point={"a": 3}, measures={"parameters": 12})
     about = {"values": {"val_loss": 0.5}, "epochs": 3, "seconds": 2.0, "feasible": True, "why": ""}
     ledger.add("trial", number=0, name="trial-0000", state="completed", **about)
     with open(tmp_path / "journal.jsonl", "a") as file:
@@ -732,7 +736,8 @@ def test_the_curve_of_a_trial_is_its_own_last_way(tmp_path):
         ({"CPU": 16.0, "GPU": 4.0}, {}, 2, ({"cpu": 0, "memory": 1e6}, 2)),
         ({"CPU": 4.0, "GPU": 1.0}, {"gpus_per_trial": 0.1}, 1, ({"cpu": 1.0, "gpu": 0.1}, 4)),
         # with these two the room limits the number
-        ({"CPU": 8.0}, {"scheduler": "pbt", "max_concurrent_trials": 2}, 1, ({"cpu": 4.0}, 2)),
+        ({"CPU": 8.0}, {"scheduler": "pbt", "max_concurrent_trials": 2}, 1, ({"cpu": 3}, 2)),
+        ({"CPU": 8.0}, {"scheduler": "pbt", "max_concurrent_trials": 3}, 1, ({"cpu": 3}, 3)),
     ],
 )
 def test_the_share_of_a_trial(config, monkeypatch, there, settings, workers, expected):
@@ -754,3 +759,95 @@ def test_more_than_there_is_is_refused_unless_the_cluster_may_grow(config, monke
         _Search._resources(owner, {"CPU": 2.0})
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert _Search._resources(owner, {"CPU": 2.0}) == ({"cpu": 4.0}, 6)
+
+
+# --------------------------------------------------------------------------- what earlier starts have reached
+class _Trial:
+    """What schedulers ask of Tune's trial."""
+
+    def __init__(self, number: int) -> None:
+        self.trial_id, self.config, self.status = f"tune-{number}", {"number": number}, "RUNNING"
+
+
+def test_asha_takes_a_trial_up_on_the_rungs_that_it_stood_on():
+    from potstill.search_tune import _Asha
+
+    about: dict[str, Any] = {"time_attr": "epoch", "metric": "val_top1_acc", "mode": "max"}
+    asha = _Asha(**about, max_t=28, grace_period=1, reduction_factor=3)
+    asha.tell("trial-0000", {1: 50.0, 2: 60.0, 3: 70.0, 4: 80.0}, False)
+    trial: Any = _Trial(0)
+    asha.on_trial_add(None, trial)
+    asha.on_trial_result(None, trial, {"epoch": 5, "val_top1_acc": 90.0})
+    rungs = {milestone: recorded for milestone, recorded in asha._brackets[0]._rungs if recorded}
+    assert rungs == {1: {"tune-0": 50.0}, 3: {"tune-0": 70.0}}, "no rung counts it twice, or late"
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_the_median_rule_judges_by_trials_of_earlier_starts(mode):
+    from potstill.search_tune import _Median
+
+    sign = 1 if mode == "max" else -1
+    rule = _Median(
+        time_attr="epoch", metric="val_loss", mode=mode, grace_period=1, min_samples_required=2
+    )
+    for number in range(3):
+        rule.tell(f"trial-000{number}", {1: sign * 50.0, 2: sign * 60.0}, True)
+    rule.tell("trial-0003", {1: sign * 90.0}, False)
+    weak: Any = _Trial(4)
+    rule.on_trial_add(None, weak)
+    assert rule.on_trial_result(None, weak, {"epoch": 2, "val_loss": sign * 10.0}) == "STOP"
+    strong: Any = _Trial(3)
+    rule.on_trial_add(None, strong)
+    assert (
+        rule.on_trial_result(None, strong, {"epoch": 2, "val_loss": sign * 55.0}) == "CONTINUE"
+    ), "its own first epoch counts, which was better"
+
+
+# ------------------------------------------------------------------------------------------- other refusals
+def test_other_images_under_the_same_name_are_refused(plan, tmp_path):
+    made = plan({"space": {"optimizer.lr": LR}}, "run.name=mine")
+    made.write_identity({})
+    again = plan({"space": {"optimizer.lr": LR}}, "run.name=mine")
+    again.write_identity({})
+    key = next(iter(again.sets))
+    again.sets[key] = SimpleNamespace(key="other", source_key="other", rows=again.sets[key].rows)
+    with pytest.raises(UserError, match=r"data\.root: .* is not what mine began with"):
+        again.write_identity({})
+
+
+def test_no_trial_is_run_twice(config):
+    from potstill.search import tune
+
+    with pytest.raises(UserError, match=r"run\.again must be false here"):
+        tune(config({"space": {"optimizer.lr": LR}}, "run.again=true"))
+
+
+def test_the_best_so_far_can_be_asked_for(config, capsys):
+    from potstill.search import show_best
+
+    asked = config({"space": {"optimizer.lr": LR}})
+    show_best(asked)
+    assert "no trial has ended yet" in capsys.readouterr().out
+
+
+def test_a_proposal_that_was_there_is_passed_over_until_the_space_is_used_up(config):
+    made = SearchPlan(config({"space": {"model.channels": [2, 4]}, "num_samples": 3}))
+    made.folder.mkdir(parents=True)
+    owner = _Search(made)
+    assert [owner.next_trial(9) for _ in range(3)] == [0, 1, 2]
+    points = [owner.ledger.trials[n].point["model.channels"] for n in range(3)]
+    assert sorted(points[:2]) == [2, 4]
+    assert owner.ledger.refused >= 50, "the third had to be one of the two"
+
+
+def test_full_length_undoes_what_a_short_trial_needs(plan):
+    made = plan(
+        {"space": {"optimizer.lr": LR}, "epochs": 2},
+        "loop.epochs=12",
+        "loop.average_last=5",
+        "schedule.warmup_epochs=3",
+    )
+    short = made.config_of({"optimizer.lr": 1e-3})
+    assert (short.loop.epochs, short.loop.average_last, short.schedule.warmup_epochs) == (2, 2, 1)
+    whole = made.full_length(short)
+    assert (whole.loop.epochs, whole.loop.average_last, whole.schedule.warmup_epochs) == (12, 5, 3)

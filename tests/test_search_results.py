@@ -75,7 +75,7 @@ def searched(count: int, seed: int = 0) -> list[TrialResult]:
         size = rng.choice([200_000, 900_000, 5_000_000])
         accuracy = 90 - 6 * abs(math.log10(point["optimizer.lr"]) + 3) + rng.gauss(0, 0.5)
         values = {"val_top1_acc": accuracy, "val_loss": 100 / accuracy, "parameters": size}
-        values |= {"latency_ms": size / 1e6 + rng.random(), "latency_ms_b32": size / 1e5}
+        values |= {"latency_ms": size / 1e6 + rng.random(), "latency_ms_batch": size / 1e5}
         state = rng.choices(["completed", "stopped early", "failed"], [0.6, 0.3, 0.1])[0]
         if state == "failed":
             values = {"val_top1_acc": None}

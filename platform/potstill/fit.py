@@ -138,6 +138,22 @@ def _began_with(run_dir: Path) -> dict[str, Any]:
 
 def refuse_before_start(config: Config, run_dir: Path, plan: Plan) -> None:
     """What the listing of the data is enough to refuse; no torch is imported here."""
+    refuse_rows(config, plan)
+    source = config.model.get("init_from")
+    if source and not _has_begun(run_dir) and not Path(source).exists():
+        raise UserError(
+            f"model.init_from must be a run's folder or a weights file, got {source!r}, which does not exist"
+        )
+    _refuse_teachers(config, plan.rows.classes)
+    if config.teacher.soft_labels:
+        from potstill.soft_labels import SoftLabels
+
+        soft = SoftLabels.open(config.teacher.soft_labels, config.cache.verify)
+        soft.check(config, plan, plan.rows.classes)
+
+
+def refuse_rows(config: Config, plan: Plan) -> None:
+    """Too few images for a batch, or other classes than two for a binary task."""
     kind = config.task.get("kind", "single_label")
     if kind == "binary" and len(plan.rows.classes) != 2:
         raise UserError(
@@ -150,17 +166,6 @@ def refuse_before_start(config: Config, run_dir: Path, plan: Plan) -> None:
             f"loop.batch_size must be <= the number of training images, got {config.loop.batch_size} for {training} "
             f"images in {plan.rows.root}; set loop.batch_size={min(16, training)} or use more data"
         )
-    source = config.model.get("init_from")
-    if source and not _has_begun(run_dir) and not Path(source).exists():
-        raise UserError(
-            f"model.init_from must be a run's folder or a weights file, got {source!r}, which does not exist"
-        )
-    _refuse_teachers(config, plan.rows.classes)
-    if config.teacher.soft_labels:
-        from potstill.soft_labels import SoftLabels
-
-        soft = SoftLabels.open(config.teacher.soft_labels, config.cache.verify)
-        soft.check(config, plan, plan.rows.classes)
 
 
 def _refuse_teachers(config: Config, classes: Sequence[str]) -> None:

@@ -156,7 +156,10 @@ def read_journal(run_dir: Path) -> list[Record]:
     ends = [r for r in kept if r["kind"] == "end"]
     last = max(starts, default=0)
     superseded = ends[:-1] + [r for r in ends[-1:] if r["attempt"] < last]
-    return [r for r in kept if not any(r is end for end in superseded)]
+    kept = [r for r in kept if not any(r is end for end in superseded)]
+    # weights that were taken over bring their epoch's record with them
+    last_of = {r["epoch"]: r for r in kept if r["kind"] == "epoch"}
+    return [r for r in kept if r["kind"] != "epoch" or last_of[r["epoch"]] is r]
 
 
 def parse_lines(lines: Iterable[bytes]) -> list[Record]:
@@ -340,7 +343,6 @@ def adopt_checkpoint(
     Its best epoch is from now on the one that the donor had just finished, whose monitored metric is `value`. `adopted`
     in meta.json tells the loop that its settings are not the donor's.
     """
-    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
     state = donor.state()
     best = state["progress"]["best"]
     best = {
@@ -354,7 +356,17 @@ def adopt_checkpoint(
     meta = {**donor.meta, "best": best, "adopted": name}
     others = [n for n in donor.meta["sha256"] if n not in ("model.safetensors", "state.pt")]
     files = {n: (donor.folder / n).read_bytes() for n in others}
-    return save_checkpoint(run_dir, donor.step, donor.model_state(), state, meta, files)
+    # beside the old ones first: a kill in between must not leave the run without any
+    beside, aside = run_dir / "adopting", run_dir / "given_up"
+    for folder in (beside, aside):
+        shutil.rmtree(folder, ignore_errors=True)
+    save_checkpoint(beside, donor.step, donor.model_state(), state, meta, files)
+    if (run_dir / "checkpoints").exists():
+        (run_dir / "checkpoints").rename(aside)
+    (beside / "checkpoints").rename(run_dir / "checkpoints")
+    for folder in (beside, aside):
+        shutil.rmtree(folder, ignore_errors=True)
+    return Checkpoint(run_dir / "checkpoints" / donor.folder.name, meta)
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from potstill import console, fit, metric_names, runs
@@ -31,24 +30,27 @@ from potstill.config import (
     compose,
     has_teacher,
     resolve_paths,
-    to_dict,
     to_yaml,
 )
-from potstill.data.prepare import Plan, check, prepared
+from potstill.data.prepare import check, prepared
 from potstill.errors import Stopped, UserError
 from potstill.search_plan import (
+    ADOPT,
     MOST_DRAWS,
     Ledger,
     Proposer,
     Refused,
     SearchPlan,
     curve_of,
+    data_key,
     trial_name,
 )
 from potstill.search_results import TrialResult, best_of, ranked, write_results
 
 POLL_S = 0.2
 RESULTS_EVERY_S = 30.0
+MOST_AGAIN = 50
+"""Proposals in a row that were there before, after which one is taken again: a small space may be used up."""
 
 
 # ------------------------------------------------------------------------------------------ the driver
@@ -58,12 +60,7 @@ def tune(config: Config, config_dir: str | None = None) -> dict[str, Any]:
 
     Raises UserError, before the first trial wherever that is possible, and Stopped after Ctrl-C.
     """
-    config = copy.deepcopy(config)
-    resolve_paths(config)
-    teacher = _teacher_to_train(config, config_dir)
-    if teacher is not None:
-        config.teacher.run = str(fit.run_folder(teacher))
-    plan = SearchPlan(config)
+    plan, teacher = _planned(config, config_dir)
     with runs.lock(plan.folder):
         if teacher is not None:
             console.say("Teacher", "bold underline")
@@ -71,12 +68,9 @@ def tune(config: Config, config_dir: str | None = None) -> dict[str, Any]:
         return _Search(plan).run()
 
 
-def show_best(config: Config) -> None:
+def show_best(config: Config, config_dir: str | None = None) -> None:
     """Print what a search has found so far; nothing is started."""
-    teacher = _teacher_to_train(config, None)
-    if teacher is not None:
-        config.teacher.run = str(fit.run_folder(teacher))
-    plan = SearchPlan(config)
+    plan, _ = _planned(config, config_dir)
     trials = list(Ledger.read(plan.folder).trials.values())
     order = [t for t in ranked(trials, plan.objectives) if t.state != "waiting"]
     rows = [
@@ -95,9 +89,26 @@ def show_best(config: Config) -> None:
         console.say(f"{plan.folder}: no trial has ended yet")
 
 
+def _planned(config: Config, config_dir: str | None) -> tuple[SearchPlan, Config | None]:
+    """What is to be searched, and the teacher that must be trained first, if one must."""
+    config = copy.deepcopy(config)
+    if config.run.again:
+        raise UserError(
+            "run.again must be false here, got true: no trial is run twice; give the search another run.name"
+        )
+    resolve_paths(config)
+    teacher = _teacher_to_train(config, config_dir)
+    if teacher is not None:
+        config.teacher.run = str(fit.run_folder(teacher))
+    return SearchPlan(config), teacher
+
+
 def _teacher_to_train(config: Config, config_dir: str | None) -> Config | None:
-    """The config of the teacher that distil.teacher names, where terms take one and none is given."""
+    """The config of the teacher that distil.teacher names, where a term takes one and none is given."""
+    takes = [c for node in (config.task, config.search.space) for c in _columns(node)]
     if has_teacher(config) or not config.distil.teacher:
+        return None
+    if not any(c.startswith("teacher.") for c in takes):
         return None
     given = [f"experiment={config.distil.teacher}", *(["debug=true"] if config.debug else [])]
     found: Config = compose("train", [*given, *config.distil.teacher_overrides], config_dir)
@@ -114,7 +125,7 @@ def _teacher_to_train(config: Config, config_dir: str | None) -> Config | None:
 class _Search:
     def __init__(self, plan: SearchPlan) -> None:
         self.plan, self.search, self.folder = plan, plan.search, plan.folder
-        self.data = self._check_data()
+        self._configs = self._check_data()
         self.ledger = Ledger.read(self.folder)
         self.proposer = Proposer(plan)
         self.live: dict[int, dict[str, Any]] = {}
@@ -128,10 +139,12 @@ class _Search:
         self._results = threading.Lock()
         self._written = time.monotonic()
         self._held: tuple[Any, ...] | None = None
+        self._slots = 1
+        self.of_worker: dict[str, Any] = {}
 
     # --------------------------------------------------------------------------- before the first trial
-    def _check_data(self) -> dict[str, Plan]:
-        """Every set that trials train on, by its config; the refusals of a single run, for the first that is possible."""
+    def _check_data(self) -> dict[str, Config]:
+        """A config for every set that trials train on; the refusals of a single run, for the first that is possible."""
         plan, found = self.plan, {}
         points = plan.space.finite(("data.",), 16)
         if points is None:
@@ -141,13 +154,14 @@ class _Search:
             )
         for point in points:
             config = plan.config_of(point)
-            one = check(config.data, config.cache)
-            found[_data_key(config)] = one
-            plan.classes = one.rows.classes
+            key = data_key(config)
+            found[key] = config
+            before = plan.known_data().get(key, {}).get("key")
+            plan.sets[key] = check(config.data, config.cache, prefer=before)
         first = plan.config_of(plan.points[0]) if plan.points else plan.config_of(points[0])
         if self.search.soft_labels:
             self._refuse_soft_labels()
-        fit.refuse_before_start(first, plan.folder, found[_data_key(first)])
+        fit.refuse_before_start(first, plan.folder, plan.sets[data_key(first)])
         fit.check_model(first)
         return found
 
@@ -188,13 +202,13 @@ class _Search:
         plan = self.plan
         if not plan.times():
             return
-        plan.read_timed()
+        device = self._latency_device()
+        plan.read_timed(device)
         points = plan.architectures()
         wanted = [c for p in points or () if (c := plan.untimed(p)) is not None]
         unique = {plan.facts(c).key: c for c in wanted}
         if not unique:
             return
-        device = self._latency_device()
         with console.progress(f"Timing on {device_name(device)}", len(unique)) as update:
             for i, config in enumerate(unique.values()):
                 plan.time(config, device)
@@ -216,19 +230,28 @@ class _Search:
         plan, ledger = self.plan, self.ledger
         plan.write_identity(fit.about_code())
         console.say(f"Search: {self.folder}", "bold")
+        if (done := self._finished()) is not None:
+            return done
         self._say_space()
         with contextlib.ExitStack() as stack:
             caches = {
                 key: stack.enter_context(
-                    prepared(one.data, one.cache, f"search {self.folder.name}", prefer=one.key)
+                    prepared(
+                        one.data,
+                        one.cache,
+                        f"search {self.folder.name}",
+                        prefer=plan.sets[key].key,
+                    )
                 ).cache_dir
-                for key, one in self._sets().items()
+                for key, one in self._configs.items()
             }
             if self.search.soft_labels:
                 self._soft_labels()
             self._time_architectures()
             runs.mend_journal(self.folder)
             ledger.add("attempt", epochs=plan.epochs, num_samples=self.search.num_samples)
+            self._mend_unheard()
+            self._mend_exploits()
             for trial in ledger.ended():
                 self.proposer.ended(trial, self._curve(trial))
             if ledger.trials:
@@ -238,9 +261,9 @@ class _Search:
             with self._aim():
                 if self._more_to_do():
                     self._tune(caches)
-                self._mend_unheard()
                 summary = self._finish()
-                if not self.stopping and self.search.retrain_best and summary["best"]:
+                whole = not self.stopping and self.broken is None
+                if whole and self.search.retrain_best and summary["best"]:
                     from potstill.search_winners import retrain
 
                     summary["winners"] = retrain(plan, self._trials())
@@ -250,16 +273,6 @@ class _Search:
         if self.stopping:
             raise Stopped(f"{self.stopping}; the same command goes on from here")
         return summary
-
-    def _sets(self) -> dict[str, SimpleNamespace]:
-        found = {}
-        for point in self.plan.space.finite(("data.",), 16) or []:
-            config = self.plan.config_of(point)
-            key = _data_key(config)
-            found[key] = SimpleNamespace(
-                data=config.data, cache=config.cache, key=self.data[key].key
-            )
-        return found
 
     def _say_space(self) -> None:
         plan, search = self.plan, self.search
@@ -275,6 +288,18 @@ class _Search:
             f"{search.num_samples} trials of up to {plan.epochs} epochs, {search.algorithm}, {search.scheduler}; {sought}"
             + "".join(f"; {c.text}" for c in plan.constraints)
         )
+
+    def _finished(self) -> dict[str, Any] | None:
+        """The summary of a search in which nothing is left to do."""
+        if self._more_to_do() or self.search.retrain_best:
+            return None
+        with contextlib.suppress(OSError, ValueError):
+            summary = runs.read_json(self.folder / "summary.json")
+            if summary["status"] == "finished" and summary["trials"] == len(self.ledger.trials):
+                console.say("It has finished already; a higher search.num_samples goes on with it")
+                self._say_best()
+                return summary
+        return None
 
     def _more_to_do(self) -> bool:
         return bool(self.ledger.unfinished()) or len(self.ledger.trials) < self.search.num_samples
@@ -317,7 +342,10 @@ class _Search:
         for name in ("ray.tune", "ray.air", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
         outcome: list[BaseException] = []
-        at_a_time = at_once if ahead == 1 else None
+        grows = os.environ.get("RAY_ADDRESS") and not self.search.max_concurrent_trials
+        # where a cluster may grow, one trial more than there is room for asks for a node
+        at_a_time = None if ahead > 1 or grows else at_once
+        self._slots = at_once
         storage = self.folder / ".tune"  # where all nodes see it, as they see the runs
         shutil.rmtree(storage, ignore_errors=True)
 
@@ -389,14 +417,11 @@ class _Search:
             if elsewhere:
                 at_once = search.max_concurrent_trials
             at_once = min(at_once, search.max_concurrent_trials)
-            if search.scheduler in (
-                "pbt",
-                "hyperband",
-            ):  # all of their trials wait; the room must limit them
-                cpus = max(cpus, math.floor(cpus_there / at_once))
-        if (
-            workers > 1
-        ):  # its trainer's workers hold the cores and GPUs; the trial itself only waits for them
+            # all of their trials wait, so that the room must limit them
+            if search.scheduler in ("pbt", "hyperband") and not elsewhere:
+                cpus = max(cpus, math.floor(cpus_there / (at_once + 1)) + 1)
+        self.of_worker = {"cpus": max(1, int(cpus // workers)), "gpu": bool(gpus)}
+        if workers > 1:  # its workers hold the cores and GPUs; the trial itself only waits for them
             return {"cpu": 0, "memory": 1e6}, at_once
         return {"cpu": cpus, **({"gpu": gpus} if gpus else {})}, at_once
 
@@ -423,6 +448,7 @@ class _Search:
 
     def _propose(self) -> int | str:
         plan, ledger = self.plan, self.ledger
+        again = 0
         for _ in range(MOST_DRAWS):
             place = ledger.draws
             if self._held is not None:
@@ -438,8 +464,13 @@ class _Search:
                     return "later"
                 plan.time(config, self._latency_device())
             self._held = None
+            if self._known(point) and (again := again + 1) <= MOST_AGAIN:
+                if asked is not None:
+                    self.proposer.refused(asked)
+                ledger.add("refused", draw=place, point=point, why="it was proposed before")
+                continue
             try:
-                config, measures = plan.admit(point)
+                _, measures = plan.admit(point)
             except Refused as refusal:
                 if asked is not None:
                     self.proposer.refused(asked)
@@ -452,11 +483,14 @@ class _Search:
             f"for its {last}; widen search.space, or loosen search.conditions and search.constraints"
         )
 
+    def _known(self, point: Any) -> bool:
+        return any(t.point == point for t in self.ledger.trials.values())
+
     def _write_down(self, place: int, point: Any, asked: Any, measures: dict[str, float]) -> int:
         number = len(self.ledger.trials)
         config = self.plan.placed(self.plan.config_of(point), number)
         run_dir = self.folder / "trials" / trial_name(number)
-        one = self.data[_data_key(config)]
+        one = self.plan.sets[data_key(config)]
         about = {
             "id": self.folder.name,
             "number": number,
@@ -478,21 +512,43 @@ class _Search:
             self.aim.follow(self.folder / "trials" / trial_name(number))
         return number
 
-    def explored(self, number: int, donor: int) -> dict[str, Any]:
-        """What a trial goes on with from another's weights: its settings, changed a little (pbt)."""
+    def explored(self, number: int, donor: int, mark: Mapping[str, Any]) -> dict[str, Any]:
+        """What a trial goes on with from another's weights, which `mark` names: its settings, changed a little (pbt)."""
         plan, ledger = self.plan, self.ledger
         point = ledger.trials[donor].point
+        _, measures = plan.admit(point)
         for _ in range(MOST_DRAWS):
             tried = plan.space.mutate(point, plan.mutable(), self._rng)
             with contextlib.suppress(Refused):
-                plan.admit(tried)
+                _, measures = plan.admit(tried)
                 point = tried
                 break
-        config = plan.placed(plan.config_of(point), number)
         run_dir = self.folder / "trials" / trial_name(number)
-        runs.atomic_write(run_dir / "config.yaml", to_yaml(config))
-        ledger.add("exploit", number=number, donor=donor, point=point)
+        # in this order, so that a kill in between leaves either the old trial or all of the new one: _mend_exploits
+        runs.write_json(run_dir / ADOPT, {**mark, "point": point})
+        ledger.add("exploit", number=number, donor=donor, point=point, measures=measures)
+        self._write_config(number)
         return {"number": number, "donor": donor}
+
+    def _write_config(self, number: int) -> None:
+        """config.yaml, and run.json's word for it, as the record has the trial."""
+        run_dir = self.folder / "trials" / trial_name(number)
+        point = self.ledger.trials[number].point
+        config = self.plan.placed(self.plan.config_of(point), number)
+        runs.atomic_write(run_dir / "config.yaml", to_yaml(config))
+        about = runs.read_json(run_dir / "run.json")
+        about["search"]["point"] = point
+        runs.write_json(run_dir / "run.json", about)
+
+    def _mend_exploits(self) -> None:
+        """What a kill has cut off between a trial's new settings and its new weights."""
+        if self.search.scheduler != "pbt":
+            return
+        for trial in self.ledger.unfinished():
+            told = self.folder / "trials" / trial.name / ADOPT
+            if told.exists() and runs.read_json(told)["point"] != trial.point:
+                told.unlink()  # it was never decided
+            self._write_config(trial.number)
 
     def heard(self, number: int, result: Mapping[str, Any]) -> None:
         """An epoch of a trial."""
@@ -522,10 +578,12 @@ class _Search:
     def _take(self, number: int, summary: Mapping[str, Any]) -> None:
         """A trial's result from its run's, into the record."""
         trial = self.ledger.trials[number]
-        states = {"finished": "completed", "failed": "failed"}
-        state = states.get(summary["status"], "stopped early")
-        if summary["status"] == "stopped_early" and "has not improved" in summary["reason"]:
-            state = "completed"  # its own patience
+        state = (
+            "failed" if summary["status"] == "failed" else "completed"
+        )  # by its own patience, too
+        ends = runs.read_journal(self.folder / "trials" / trial.name)
+        if any(r["kind"] == "end" and r.get("by") == "scheduler" for r in ends):
+            state = "stopped early"
         metrics = {k: v for k, v in (summary["best_metrics"] or {}).items() if k.startswith("val_")}
         values = {**trial.values, **metrics}
         feasible = state != "failed" and self.plan.broken(values) is None
@@ -607,7 +665,7 @@ class _Search:
             return None
         mean = sum(t.seconds for t in ours) / len(ours)
         to_come = self.search.num_samples - len(self.ledger.ended())
-        return mean * to_come / max(1, len(self.live))
+        return mean * to_come / max(1, min(len(self.live), self._slots))
 
     def _write_results(self, at_once: bool) -> None:
         """The files of the search; now and then while trials run, beside Tune's thread."""
@@ -650,7 +708,7 @@ class _Search:
             if best is None
             else {"trial": best.name, "point": best.point, **best.values},
             "pareto": [t.name for t in experiments.values()],
-            "seconds": time.time() - self.began,
+            "seconds": sum(self.ledger.spent.values()),
         }
         runs.write_json(self.folder / "summary.json", summary)
         reason = self.stopping or (str(self.broken) if self.broken else "")
@@ -662,9 +720,17 @@ class _Search:
         console.say(
             f"{len(trials)} trials ({said or 'none ended'}){refused}, {summary['epochs']} epochs"
         )
+        self._say_best()
+        console.say(
+            f"Written: {self.folder}  (leaderboard.csv, pareto.png, pareto.html, plots/, experiment/)"
+        )
+        return summary
+
+    def _say_best(self) -> None:
+        best = best_of(self._trials(), self.plan.objectives)
         if best is not None:
             values = ", ".join(
-                f"{o.name} {_shown(o.name, best.values.get(o.name))}" for o in plan.objectives
+                f"{o.name} {_shown(o.name, best.values.get(o.name))}" for o in self.plan.objectives
             )
             console.say(f"Best: {best.name}, {values}", "bold")
             for name, value in best.point.items():
@@ -672,14 +738,6 @@ class _Search:
             console.say(
                 f"Train it: uv run jobs/train.py --config-dir {self.folder} experiment=best"
             )
-        console.say(
-            f"Written: {self.folder}  (leaderboard.csv, pareto.png, pareto.html, plots/, experiment/)"
-        )
-        return summary
-
-
-def _data_key(config: Config) -> str:
-    return json.dumps(to_dict(config)["data"], sort_keys=True)
 
 
 def _columns(node: Any) -> Iterator[str]:
@@ -745,6 +803,6 @@ def _end_trial(run_dir: Path, scheduler: str, whole: int, error: str | None) -> 
     else:
         status, reason = "stopped_early", f"{scheduler} stopped it after {len(epochs)} epochs"
     last = {"attempt": max(1, runs.last_attempt(run_dir)), "step": step, "time": time.time()}
-    runs.append_records(
-        run_dir, [{"kind": "end", **last, "status": status, "reason": reason, "best": None}]
-    )
+    end = {"kind": "end", **last, "status": status, "reason": reason, "best": None}
+    by = {"by": "scheduler"} if status == "stopped_early" else {}
+    runs.append_records(run_dir, [{**end, **by}])

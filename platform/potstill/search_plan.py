@@ -30,7 +30,6 @@ from potstill.architecture import MEASURES, TIMED, Facts
 from potstill.config import (
     Config,
     checked,
-    differing_keys,
     flatten,
     from_dict,
     identity,
@@ -40,9 +39,10 @@ from potstill.config import (
     to_dict,
     to_yaml,
 )
+from potstill.data.prepare import Plan
 from potstill.errors import UserError
 from potstill.expressions import near
-from potstill.fit import check_model
+from potstill.fit import check_model, refuse_rows
 from potstill.search_results import Objective, TrialResult
 from potstill.search_space import Expression, Point, Space
 
@@ -53,12 +53,14 @@ LOGGED = ("loss", *metric_names.ALWAYS)
 GOES_ON = frozenset(
     (
         *("num_samples", "max_hours", "max_concurrent_trials", "cpus_per_trial", "gpus_per_trial"),
-        *("silent_minutes", "retrain_best", "seeds"),
+        *("silent_minutes", "retrain_best"),
     )
 )
 """Settings of a search that may differ when it is gone on with: what its trials are does not depend on them."""
 ARCHITECTURE = ("model.", "augment.image_px", "data.decode.image_px")
-MOST_ARCHITECTURES = 64
+MOST_ARCHITECTURES = 128
+ADOPT = "adopt.json"
+"""In a trial's folder: whose weights it is to go on from (pbt)."""
 MOST_DRAWS = 300
 """Proposals that may be refused in a row, before the space is called impossible."""
 
@@ -71,16 +73,12 @@ class Refused(Exception):
     """A point that must not be started, and why."""
 
 
-class SpaceExhausted(UserError):
-    """No point of the space keeps to the conditions and constraints."""
-
-
 def trial_name(number: int) -> str:
     return f"trial-{number:04d}"
 
 
 class SearchPlan:
-    """A search's config, checked. `classes` are the data's, once they are known."""
+    """A search's config, checked."""
 
     def __init__(self, config: Config) -> None:
         self.config = config = copy.deepcopy(config)
@@ -118,11 +116,15 @@ class SearchPlan:
         ]
         self.folder = self._folder()
         self.epochs = search.epochs or config.loop.epochs
-        self.classes: Sequence[str] = ()
+        self.sets: dict[str, Plan] = {}
+        """What there is to train on, by data_key; known once the data are looked at."""
         self._facts: dict[str, Facts] = {}
         self._last: tuple[str, Config] = ("", config)
         self.timed: dict[str, dict[str, Any]] = {}
         """By the key of an architecture: what architecture.timed has said."""
+
+    def classes_of(self, config: Config) -> Sequence[str]:
+        return self.sets[data_key(config)].rows.classes
 
     def _folder(self) -> Path:
         name = self.config.run.name
@@ -242,12 +244,27 @@ class SearchPlan:
         config.loop.monitor = self.metric
         if not config.stages:
             config.loop.epochs = self.epochs
-        if self.search.epochs:
+        if self.search.epochs:  # what is meant for more epochs must fit into these
             config.schedule.warmup_epochs = min(config.schedule.warmup_epochs, self.epochs / 2)
+            last = config.loop.average_last
+            config.loop.average_last = None if last is None else max(2, min(last, self.epochs))
         config.tracking.name = "none"
         config.experiment = self.config.experiment
         config.run.tags = list(dict.fromkeys([*config.run.tags, f"search:{self.folder.name}"]))
         return checked(config)
+
+    def full_length(self, config: Config) -> Config:
+        """A trial's config for all of loop.epochs."""
+        whole, full = copy.deepcopy(config), self.config
+        if not whole.stages:
+            whole.loop.epochs = full.loop.epochs
+        if self.search.epochs:
+            searched = {k for k in self.keys if k.startswith(("schedule", "loop"))}
+            if not searched & {"schedule", "schedule.warmup_epochs"}:
+                whole.schedule.warmup_epochs = full.schedule.warmup_epochs
+            if not searched & {"loop", "loop.average_last"}:
+                whole.loop.average_last = full.loop.average_last
+        return whole
 
     def read_soft_labels(self, folder: str) -> None:
         """From now on no trial runs a teacher."""
@@ -269,6 +286,7 @@ class SearchPlan:
                 raise Refused(f"condition: {condition.text}")
         try:
             config = self.config_of(point)
+            refuse_rows(config, self.sets[data_key(config)])
             check_model(config)
             facts = self.facts(config)
         except UserError as error:
@@ -295,9 +313,10 @@ class SearchPlan:
         return None
 
     def facts(self, config: Config) -> Facts:
-        key = architecture.key_of(config, self.classes)
+        classes = self.classes_of(config)
+        key = architecture.key_of(config, classes)
         if key not in self._facts:
-            self._facts[key] = architecture.facts_of(config, self.classes)
+            self._facts[key] = architecture.facts_of(config, classes)
         return self._facts[key]
 
     def _refuse_columns(self, config: Config, facts: Facts) -> None:
@@ -327,6 +346,10 @@ class SearchPlan:
         if not self.times():
             return None
         try:
+            values = self.space.values(point)
+            later = {"outputs", *MEASURES}
+            if any(not c.names & later and not c.holds(values) for c in self.conditions):
+                return None  # it is not started anyway
             config = self.config_of(point)
             return None if self.facts(config).key in self.timed else config
         except UserError:
@@ -336,16 +359,19 @@ class SearchPlan:
         """Measure a config's latency; a search that goes on remembers it."""
         key = self.facts(config).key
         self.timed[key] = architecture.timed(
-            config, self.classes, device, self.search.latency_batch
+            config, self.classes_of(config), device, self.search.latency_batch
         )
         self.write_timed()
 
     def write_timed(self) -> None:
         runs.write_json(self.folder / "latency.json", self.timed)
 
-    def read_timed(self) -> None:
+    def read_timed(self, device: str) -> None:
+        """What was timed before, on this device: another's numbers would not compare."""
         with suppress(OSError, ValueError):
-            self.timed = runs.read_json(self.folder / "latency.json")
+            found = runs.read_json(self.folder / "latency.json")
+            name = architecture.device_name(device)
+            self.timed = {k: v for k, v in found.items() if v["latency_device"] == name}
 
     def architectures(self) -> list[Point] | None:
         """Every combination of what makes an architecture, with the base config's values for the rest; None: too many."""
@@ -357,8 +383,9 @@ class SearchPlan:
         path = self.folder / "search.json"
         ours = json.loads(json.dumps(self.identity()))
         if path.exists():
-            theirs = runs.read_json(path)["identity"]
-            if differing := _differing(theirs, ours):
+            before = runs.read_json(path)
+            self._refuse_other_data(before["data"])
+            if differing := _differing(before["identity"], ours):
                 raise UserError(
                     f"run.name: {self.folder.name} is another search ({'; '.join(differing[:8])}); give this one another "
                     "run.name, or the old values"
@@ -373,28 +400,49 @@ class SearchPlan:
             "objectives": [vars(o) for o in self.objectives],
             "settings": json.loads(json.dumps(vars(self.search))),
             "identity": ours,
+            "data": self._data(),
             "tags": self.config.run.tags,
             **about,
         }
         runs.write_json(path, record)
+
+    def known_data(self) -> dict[str, dict[str, str]]:
+        """What the search has begun with, if it has."""
+        with suppress(OSError, ValueError, KeyError):
+            return runs.read_json(self.folder / "search.json")["data"]
+        return {}
+
+    def _data(self) -> dict[str, dict[str, str]]:
+        return {k: {"key": p.key, "source_key": p.source_key} for k, p in self.sets.items()}
+
+    def _refuse_other_data(self, before: Mapping[str, Mapping[str, str]]) -> None:
+        """Trials on other images, or other pixels of them, would not compare."""
+        for name, now in self._data().items():
+            if name in before and before[name] != now:
+                root = self.sets[name].rows.root
+                what = (
+                    "cache.format"
+                    if before[name]["source_key"] == now["source_key"]
+                    else "data.root"
+                )
+                raise UserError(
+                    f"{what}: {root} is not what {self.folder.name} began with (key {before[name]['key']}, now {now['key']}); "
+                    "restore it, or give this search another run.name"
+                )
 
     # ---------------------------------------------------------------------------------- its winners
     def experiment_of(self, config: Config, title: str) -> str:
         """An experiment file that trains this config as it is, for all of loop.epochs."""
         import yaml
 
-        values = to_dict(config)
-        values["loop"]["epochs"] = self.config.loop.epochs
-        values["schedule"]["warmup_epochs"] = config.schedule.warmup_epochs
-        if self.search.epochs and "schedule.warmup_epochs" not in self.keys:
-            values["schedule"]["warmup_epochs"] = self.config.schedule.warmup_epochs
+        values = to_dict(self.full_length(config))
+        values["scaling"] = {"sync_batchnorm": config.scaling.sync_batchnorm}
         if config.stages:
             del values["loop"]["epochs"]  # what the stages make together
         for key in (
             "run",
             "runs",
             "tracking",
-            "scaling",
             "cache",
             "search",
             "gate",
@@ -449,7 +497,9 @@ class Ledger:
     """Proposals so far, refused ones too: the next one's place in the sequence of random numbers."""
     refused: int = 0
     attempt: int = 1
-    last_end: dict[str, Any] | None = None
+    _since: float = 0.0
+    spent: dict[int, float] = field(default_factory=dict)
+    """Seconds from each start's first record to its last one."""
 
     @classmethod
     def read(cls, folder: Path) -> Ledger:
@@ -463,7 +513,9 @@ class Ledger:
         kind = record["kind"]
         if kind == "attempt":
             self.attempt = record["attempt"] + 1
-        elif kind == "proposed":
+            self._since = record["time"]
+        self.spent[record["attempt"]] = record["time"] - self._since
+        if kind == "proposed":
             n = record["number"]
             self.trials[n] = TrialResult(
                 number=n,
@@ -479,7 +531,9 @@ class Ledger:
         elif kind == "refused":
             self.draws, self.refused = max(self.draws, record["draw"] + 1), self.refused + 1
         elif kind == "exploit":
-            self.trials[record["number"]].point = record["point"]
+            trial = self.trials[record["number"]]
+            trial.point = record["point"]
+            trial.values |= record["measures"]
         elif kind == "trial":
             trial = self.trials[record["number"]]
             trial.state, trial.why = record["state"], record["why"]
@@ -611,10 +665,10 @@ def curve_of(run_dir: Path, metric: str) -> dict[int, float]:
     return {r["epoch"]: r[metric] for r in epochs if r.get(metric) is not None}
 
 
+def data_key(config: Config) -> str:
+    """The same for configs that train on the same set."""
+    return json.dumps(to_dict(config)["data"], sort_keys=True)
+
+
 def config_of_trial(folder: Path, number: int) -> Config:
     return load_run_config(folder / "trials" / trial_name(number))
-
-
-def trains_alike(a: Config, b: Config) -> bool:
-    """Whether two configs are the same training."""
-    return not differing_keys(a, b)

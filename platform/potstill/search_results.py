@@ -80,14 +80,13 @@ MEASURES = {
     "parameters": _Measure("Parameters", compact=True),
     "macs": _Measure("Multiply-adds", "an image", compact=True),
     "latency_ms": _Measure("Latency", "ms, batch of 1"),
+    "latency_ms_batch": _Measure("Latency of a batch", "ms"),
     "file_mb": _Measure("Model file", "MB"),
 }
 
 
 def _measure(key: str) -> _Measure | None:
-    """What is known of a measure; None for a metric of the journal. `latency_ms_b32`: of a batch of 32."""
-    if key.startswith("latency_ms_b"):
-        return _Measure("Latency", f"ms, batch of {key.removeprefix('latency_ms_b')}")
+    """What is known of a measure; None for a metric of the journal."""
     return MEASURES.get(key)
 
 

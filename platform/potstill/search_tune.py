@@ -7,7 +7,8 @@ TorchTrainer of its own. Its folder is a run's: what Tune is given as a checkpoi
 from __future__ import annotations
 
 import contextlib
-import json
+import gc
+import math
 import os
 import shutil
 import sys
@@ -37,7 +38,7 @@ from potstill.config import Config, load_run_config, to_dict
 from potstill.errors import UserError
 from potstill.registry import load_plugins
 from potstill.runs import Checkpoint
-from potstill.search_plan import trial_name
+from potstill.search_plan import ADOPT, data_key, trial_name
 from potstill.sessions import JournalSession
 
 if TYPE_CHECKING:
@@ -79,9 +80,14 @@ def run_trials(
         "silent_s": 60 * search.silent_minutes,
         "marks": search.scheduler in ("pbt", "hyperband"),
         "donates": search.scheduler == "pbt",
+        "of_worker": owner.of_worker,
+        # what a failed trial is told to have reached: pbt leaves NaN out, hyperband cannot sort it
+        "failed": {"max": -math.inf, "min": math.inf}[mode]
+        if search.scheduler == "hyperband"
+        else math.nan,
     }
     scheduler = _scheduler(owner, metric, mode)
-    _tell_scheduler(scheduler, owner, metric)
+    _tell_scheduler(scheduler, owner)
     try:
         tune.Tuner(
             tune.with_resources(tune.with_parameters(_run_trial, payload=payload), resources),
@@ -189,7 +195,7 @@ def _scheduler(owner: _Search, metric: str, mode: str) -> TrialScheduler:
     search, epochs = owner.search, owner.plan.epochs
     about: dict[str, Any] = {"time_attr": "epoch", "metric": metric, "mode": mode}
     if search.scheduler == "asha":
-        return AsyncHyperBandScheduler(
+        return _Asha(
             **about,
             max_t=epochs + 1,  # a whole trial ends by itself
             grace_period=min(search.grace_epochs, epochs),
@@ -200,7 +206,7 @@ def _scheduler(owner: _Search, metric: str, mode: str) -> TrialScheduler:
             **about, max_t=max(2, epochs), reduction_factor=max(2, round(search.reduction))
         )
     if search.scheduler == "median":
-        return MedianStoppingRule(**about, grace_period=search.grace_epochs, min_samples_required=3)
+        return _Median(**about, grace_period=search.grace_epochs, min_samples_required=3)
     if search.scheduler == "pbt":
         return _Population(
             str(owner.folder),
@@ -229,33 +235,58 @@ class _Population(PopulationBasedTraining):
 
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict, dict]:
         owner = _OWNERS[self._owner]
-        return owner.explored(trial.config["number"], trial_to_clone.config["number"]), {}
+        given = self._trial_state[trial_to_clone].last_checkpoint
+        assert isinstance(given, tune.Checkpoint)  # without one there is no exploit
+        with given.as_directory() as folder:
+            mark = runs.read_json(Path(folder) / MARK)
+        numbers = trial.config["number"], trial_to_clone.config["number"]
+        return owner.explored(*numbers, mark), {}
 
 
-def _tell_scheduler(scheduler: TrialScheduler, owner: _Search, metric: str) -> None:
+class _Asha(AsyncHyperBandScheduler):
+    """ASHA that knows what trials of earlier starts have reached (arXiv:1810.05934)."""
+
+    def tell(self, name: str, curve: Mapping[int, float], ended: bool) -> None:
+        """A trial's metric by epoch, under its name."""
+        past: Any = SimpleNamespace(trial_id=name)
+        assert self._metric_op is not None
+        for epoch, value in sorted(curve.items()):
+            self._brackets[0].on_result(past, epoch, self._metric_op * value)
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, trial)
+        for _, recorded in self._trial_info[trial.trial_id]._rungs:
+            if (seen := recorded.pop(_name_of(trial), None)) is not None:
+                recorded[trial.trial_id] = seen  # it goes on under Tune's new name for it
+
+
+class _Median(MedianStoppingRule):
+    """The median rule, over trials of earlier starts, too (doi:10.1145/3097983.3098043)."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._unfinished: dict[str, list[dict[str, Any]]] = {}
+
+    def tell(self, name: str, curve: Mapping[int, float], ended: bool) -> None:
+        results = [{self._time_attr: e, self._metric: v} for e, v in sorted(curve.items())]
+        if ended and results:
+            self._results[name] = results
+        else:
+            self._unfinished[name] = results
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, trial)
+        if past := self._unfinished.pop(_name_of(trial), None):
+            self._results[trial] = past
+
+
+def _tell_scheduler(scheduler: TrialScheduler, owner: _Search) -> None:
     """Let a new scheduler know what trials of earlier starts have reached, so that it judges by them."""
-    if not isinstance(scheduler, AsyncHyperBandScheduler | MedianStoppingRule):
-        return  # the others compare trials that are there together
-    for trial in owner.ledger.trials.values():
-        curve = owner._curve(trial)
-        past = _Past(trial.name)
-        result: dict[str, Any] = {}
-        with contextlib.suppress(KeyError):
-            for epoch, value in sorted(curve.items()):
-                result = {"epoch": epoch, metric: value}
-                if isinstance(scheduler, AsyncHyperBandScheduler):
-                    scheduler._trial_info.setdefault(past.trial_id, scheduler._brackets[0])
-                scheduler.on_trial_result(None, past, result)  # type: ignore[arg-type]
-
-
-class _Past:
-    """A trial of an earlier start, as schedulers see it."""
-
-    def __init__(self, trial_id: str) -> None:
-        self.trial_id, self.status = trial_id, "TERMINATED"
-
-    def is_finished(self) -> bool:
-        return True
+    if isinstance(scheduler, _Asha | _Median):  # the others compare trials that are there together
+        unfinished = {t.number for t in owner.ledger.unfinished()}
+        for trial in owner.ledger.trials.values():
+            curve = owner._curve(trial)
+            scheduler.tell(trial.name, curve, trial.number not in unfinished)
 
 
 # ------------------------------------------------------------------------------------------- the trial
@@ -263,26 +294,40 @@ def _run_trial(config: dict[str, Any], payload: dict[str, Any]) -> None:
     """One trial, in its process. Whatever it dies of is written down and ends it alone."""
     run_dir = Path(payload["folder"]) / "trials" / trial_name(config["number"])
     sys.path += [folder for folder in payload["path"] if folder not in sys.path]
+    told = False
     with _locked(run_dir):
-        if _has_ended(run_dir):
-            return
-        trained: Config = load_run_config(run_dir)
-        session = _TrialSession(run_dir, payload)
-        session.attempt = 1 + runs.last_attempt(run_dir)
-        try:
-            with _watched(session, payload["silent_s"]):
-                load_plugins(trained.plugins)
-                _adopt_if_told(session, tune.get_checkpoint())
-                if trained.scaling.num_workers > 1:
-                    _train_by_workers(trained, session, payload)
-                else:
-                    _train_here(trained, session, payload)
-        except Exception as error:
-            (run_dir / "error.txt").write_text(traceback.format_exc())
-            session.end("failed", _reason(error), None)
-    if not session.told:
-        # schedulers must hear of a trial before it ends
-        tune.report({payload["metric"]: float("nan"), "epoch": 0})
+        if not _has_ended(run_dir):
+            told = _trained(run_dir, payload)
+    _free_memory()
+    if not told:  # schedulers must hear of a trial before it ends
+        epochs = [r["epoch"] for r in runs.read_journal(run_dir) if r["kind"] == "epoch"]
+        tune.report({payload["metric"]: payload["failed"], "epoch": max(epochs, default=0)})
+
+
+def _trained(run_dir: Path, payload: dict[str, Any]) -> bool:
+    """Train, or write down why not. Returns whether Tune has heard of an epoch."""
+    trained: Config = load_run_config(run_dir)
+    session = _TrialSession(run_dir, payload)
+    session.attempt = 1 + runs.last_attempt(run_dir)
+    try:
+        with _watched(session, payload["silent_s"]):
+            load_plugins(trained.plugins)
+            _adopt_if_told(session)
+            if trained.scaling.num_workers > 1:
+                _train_by_workers(trained, session, payload)
+            else:
+                _train_here(trained, session, payload)
+    except Exception as error:
+        (run_dir / "error.txt").write_text(traceback.format_exc())
+        session.fail(_reason(error))
+    return session.told
+
+
+def _free_memory() -> None:
+    """The process goes on to other trials, and may share its GPU."""
+    gc.collect()
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _reason(error: Exception) -> str:
@@ -325,7 +370,7 @@ def _watched(session: _TrialSession, silent_s: float) -> Iterator[None]:
         while not over.wait(min(1.0, silent_s / 4)):
             if time.monotonic() - session.heard > silent_s:
                 reason = f"it has not finished an epoch for {silent_s / 60:g} minutes (search.silent_minutes)"
-                session.end("failed", reason, None)
+                session.fail(reason)
                 os._exit(1)
 
     threading.Thread(target=watch, name="trial-watchdog", daemon=True).start()
@@ -350,6 +395,11 @@ class _TrialSession(JournalSession):
         if record["kind"] == "epoch":
             self._epoch = record
 
+    def fail(self, reason: str) -> None:
+        """The last word, whatever attempts others have begun meanwhile."""
+        self.attempt = max(self.attempt, runs.last_attempt(self.run_dir))
+        self.end("failed", reason, None)
+
     def _told(self, metrics: dict[str, Any], kept: Checkpoint | None) -> None:
         if kept is None or not kept.meta["epoch_done"]:
             return  # within an epoch: kept, but nothing to judge by
@@ -369,6 +419,7 @@ class _TrialSession(JournalSession):
             "run": self.run_dir.name,
             "folder": str(folder),
             "value": numbers.get(self._payload["metric"]),
+            "epoch": dict(epoch),
         }
         with tempfile.TemporaryDirectory() as beside:
             runs.write_json(Path(beside) / MARK, mark)
@@ -387,7 +438,7 @@ def _train_here(config: Config, session: _TrialSession, payload: Mapping[str, An
             "scaling.use_gpu must be false or null on a machine without a GPU, got true"
         )
     device = torch.device("cuda:0" if payload["gpu"] and torch.cuda.is_available() else "cpu")
-    cache_dir = Path(payload["caches"][json.dumps(to_dict(config)["data"], sort_keys=True)])
+    cache_dir = Path(payload["caches"][data_key(config)])
     findings = fit.seen_before(config, session.run_dir, cache_dir)
     progress, early = train_run(config, cache_dir, session, device, session.attempt, findings)
     why = f"{config.loop.monitor} has not improved for {progress.bad_epochs} epochs"
@@ -397,7 +448,9 @@ def _train_here(config: Config, session: _TrialSession, payload: Mapping[str, An
 def _train_by_workers(config: Config, session: _TrialSession, payload: Mapping[str, Any]) -> None:
     """A TorchTrainer; its journal is read, and told to Tune epoch by epoch."""
     run_dir = session.run_dir
-    cache_dir = Path(payload["caches"][json.dumps(to_dict(config)["data"], sort_keys=True)])
+    cache_dir = Path(payload["caches"][data_key(config)])
+    config.scaling.cpus_per_worker = payload["of_worker"]["cpus"]
+    config.scaling.use_gpu = payload["of_worker"]["gpu"]
     task = {
         "config": to_dict(config),
         "run_dir": str(run_dir),
@@ -417,9 +470,12 @@ def _train_by_workers(config: Config, session: _TrialSession, payload: Mapping[s
     thread = threading.Thread(target=work, name="trial-trainer", daemon=True)
     known = len([r for r in runs.read_journal(run_dir) if r["kind"] == "epoch"])
     thread.start()
+    began = session.attempt
     try:
         while True:
             alive = thread.is_alive()
+            if runs.last_attempt(run_dir) < began:
+                session.heard = time.monotonic()  # its workers still wait for room
             kept, _ = runs.newest_checkpoint(run_dir)
             epochs = [r for r in runs.read_journal(run_dir) if r["kind"] == "epoch"]
             for record in epochs[known:]:
@@ -463,15 +519,17 @@ def _link(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _adopt_if_told(session: _TrialSession, given: Any) -> None:
-    """Take over the weights that Tune hands on, where they are another trial's."""
-    if given is None:
+def _adopt_if_told(session: _TrialSession) -> None:
+    """Take over the weights that adopt.json names; it stays until that is done."""
+    told = session.run_dir / ADOPT
+    if not told.exists():
         return
-    with given.as_directory() as folder:
-        mark = runs.read_json(Path(folder) / MARK)
-    if mark["run"] == session.run_dir.name:
-        return  # paused: it goes on from its own
+    mark = runs.read_json(told)
     donor = runs.load_checkpoint(Path(mark["folder"]))
     runs.adopt_checkpoint(session.run_dir, donor, mark["run"], mark["value"])
     session.step = donor.step
     session.note(f"goes on from {mark['run']}'s weights of step {donor.step} (pbt)")
+    # what these weights were measured at is from now on this trial's, too
+    epoch = {**mark["epoch"], "attempt": session.attempt, "time": time.time(), "best": True}
+    session.log(epoch)
+    told.unlink()

@@ -69,11 +69,7 @@ def retrain(plan: SearchPlan, trials: Sequence[TrialResult]) -> list[dict[str, A
         kept: dict[str, list[float]] = {}
         names = []
         for seed in plan.search.seeds:
-            config = copy.deepcopy(config_of_trial(plan.folder, trial.number))
-            if not config.stages:
-                config.loop.epochs = plan.config.loop.epochs
-            if plan.search.epochs and "schedule.warmup_epochs" not in plan.keys:
-                config.schedule.warmup_epochs = plan.config.schedule.warmup_epochs
+            config = plan.full_length(config_of_trial(plan.folder, trial.number))
             config.loop.seed = seed
             if config.augment.seed is None:  # the same crops, and soft labels, whatever the seed
                 config.augment.seed = plan.config.loop.seed
@@ -114,8 +110,8 @@ def _rows(plan: SearchPlan, found: Sequence[dict[str, Any]]) -> tuple[list[str],
         cells = [one["trial"]]
         for name in logged:
             values = one["values"].get(name, [])
-            spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{fmean(values):.2f}{spread}" if values else "–")
+            spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
+            cells.append(f"{metric_names.shown(name, fmean(values))}{spread}" if values else "–")
         before = one["in_the_search"].get(plan.metric)
         cells.append("–" if before is None else metric_names.shown(plan.metric, before))
         cells += [f"{one['measures'].get(k, math.nan):,.0f}" for k in ("parameters", "macs")]

@@ -348,7 +348,10 @@ class _AimRun:
         ends = [r for r in records if r["kind"] == "end"]
         if not ends:
             self.run["status"] = {"status": "interrupted", "reason": None, "best": None}
-        self._state = STATES.get(ends[-1]["status"] if ends else "", "interrupted")
+        end = ends[-1] if ends else {"status": ""}
+        self._state = STATES.get(end["status"], "interrupted")
+        if end["status"] == "stopped_early" and end.get("by") != "scheduler":
+            self._state = "completed"  # by its own patience
 
     def _put(self, record: Record, name: str, value: Any, context: dict[str, str]) -> None:
         self.run._tracker._track(
