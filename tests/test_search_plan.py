@@ -417,7 +417,7 @@ def told(proposer: Proposer, count: int) -> list[TrialResult]:
         point, asked = proposer.draw(place)
         place += 1
         if place % 5 == 0:
-            proposer.refused(asked)
+            proposer.given_back(asked)
             continue
         number = len(found)
         proposer.accepted(asked, number)
@@ -439,7 +439,7 @@ def test_a_rebuilt_tpe_proposes_the_same_and_has_learned(plan):
         found = []
         for place in range(100, 130):
             point, asked = proposer.draw(place)
-            proposer.refused(asked)
+            proposer.given_back(asked)
             found.append(point)
         return found
 
@@ -472,19 +472,13 @@ def test_what_the_proposer_makes_of_a_trials_end(plan):
     ]
     for trial, curve in ends:
         proposer.ended(trial, curve)
-    states = [t.state for t in proposer.study.trials]
-    assert states == [
-        TrialState.COMPLETE,
-        TrialState.PRUNED,
-        TrialState.FAIL,
-        TrialState.FAIL,
-        TrialState.PRUNED,  # it diverged: bad, and not unknown
-        TrialState.PRUNED,
-        TrialState.FAIL,
-        TrialState.PRUNED,
-    ]
-    seen = [t.intermediate_values for t in proposer.study.trials]
-    assert seen == [{}, {1: 50.0, 2: 60.0}, {}, {}, {}, {}, {}, {}]
+    found = proposer.study.trials
+    assert [t.state for t in found] == [TrialState.COMPLETE, *[TrialState.PRUNED] * 4], (
+        "what broke teaches nothing"
+    )
+    assert [t.intermediate_values for t in found] == [{}, {1: 50.0, 2: 60.0}, {}, {}, {}]
+    bad = [t.constraints for t in found]
+    assert bad == [{}, {}, *[{"feasible": 1.0}] * 3], "what diverged is bad, not unknown"
     assert proposer.study.trials[0].values == [80.0]
 
 
@@ -497,9 +491,29 @@ def test_of_several_objectives_a_stopped_trial_counts_by_what_it_reached(plan):
     proposer.accepted(asked, 0)
     proposer.ended(result(0, point, 55.0, "stopped early"), {1: 55.0})
     proposer.ended(result(1, point, None, "failed", "weights are NaN or infinite"), {})
-    assert [t.state for t in proposer.study.trials] == [TrialState.COMPLETE, TrialState.FAIL]
-    assert proposer.study.trials[0].values == [55.0, 100.0]
+    given_back, stopped, diverged = proposer.study.trials
+    assert given_back.state == TrialState.FAIL, "it was asked for; what became of it follows"
+    assert (stopped.state, stopped.values) == (TrialState.COMPLETE, [55.0, 100.0])
+    assert (diverged.state, diverged.constraints) == (TrialState.PRUNED, {"feasible": 1.0})
     assert [d.name for d in proposer.study.directions] == ["MAXIMIZE", "MINIMIZE"]
+
+
+def test_tpe_does_not_propose_for_ever_what_is_refused(plan):
+    space = {"model.channels": [2, 4, 8, 16], "optimizer.lr": LR}
+    made = plan({"space": space, "objectives": ["val_top1_acc", "parameters"], "num_samples": 16})
+    proposer = Proposer(made)
+    for number in range(8):  # the more channels the better, and the largest are beyond a constraint
+        point = {"model.channels": 4 if number % 2 else 2, "optimizer.lr": 1e-2 * (number + 1) / 8}
+        proposer.ended(result(number, point, 50.0 + 10 * point["model.channels"]), {})
+    admitted = 0
+    for place in range(40):
+        point, asked = proposer.draw(place)
+        proposer.given_back(asked)
+        if point["model.channels"] > 4:
+            proposer.refused(point)
+        else:
+            admitted += 1
+    assert admitted >= 20
 
 
 def test_a_trial_that_went_anothers_way_is_told_where_it_ended(plan):

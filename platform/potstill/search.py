@@ -36,6 +36,7 @@ from potstill.data.prepare import check, prepared
 from potstill.errors import Stopped, UserError
 from potstill.search_plan import (
     ADOPT,
+    AGAIN,
     MOST_DRAWS,
     Ledger,
     Proposer,
@@ -252,6 +253,8 @@ class _Search:
             ledger.add("attempt", epochs=plan.epochs, num_samples=self.search.num_samples)
             self._mend_unheard()
             self._mend_exploits()
+            for point in ledger.refusals:
+                self.proposer.refused(point)
             for trial in ledger.ended():
                 self.proposer.ended(trial, self._curve(trial))
             if ledger.trials:
@@ -466,18 +469,24 @@ class _Search:
             self._held = None
             if self._known(point) and (again := again + 1) <= MOST_AGAIN:
                 if asked is not None:
-                    self.proposer.refused(asked)
-                ledger.add("refused", draw=place, point=point, why="it was proposed before")
+                    self.proposer.given_back(asked)
+                ledger.add("refused", draw=place, point=point, why=AGAIN)
                 continue
             try:
                 _, measures = plan.admit(point)
             except Refused as refusal:
                 if asked is not None:
-                    self.proposer.refused(asked)
+                    self.proposer.given_back(asked)
                 ledger.add("refused", draw=place, point=point, why=str(refusal))
+                self.proposer.refused(point)
                 continue
             return self._write_down(place, point, asked, measures)
         last = [r["why"] for r in runs.read_journal(self.folder) if r["kind"] == "refused"][-1]
+        if ledger.trials:  # what was found is not thrown away
+            console.warn(
+                f"No further trial: {MOST_DRAWS} proposals in a row were refused, the last one for its {last}"
+            )
+            return "over"
         raise UserError(
             f"search.space has no trial that may be started: {MOST_DRAWS} proposals in a row were refused, the last one "
             f"for its {last}; widen search.space, or loosen search.conditions and search.constraints"

@@ -61,6 +61,7 @@ ARCHITECTURE = ("model.", "augment.image_px", "data.decode.image_px")
 MOST_ARCHITECTURES = 128
 ADOPT = "adopt.json"
 """In a trial's folder: whose weights it is to go on from (pbt)."""
+AGAIN = "it was proposed before"
 MOST_DRAWS = 300
 """Proposals that may be refused in a row, before the space is called impossible."""
 
@@ -496,6 +497,8 @@ class Ledger:
     draws: int = 0
     """Proposals so far, refused ones too: the next one's place in the sequence of random numbers."""
     refused: int = 0
+    refusals: list[Point] = field(default_factory=list)
+    """Points that must not be started, in order; without those that were merely there before."""
     attempt: int = 1
     _since: float = 0.0
     spent: dict[int, float] = field(default_factory=dict)
@@ -530,6 +533,8 @@ class Ledger:
             self.draws = max(self.draws, record["draw"] + 1)
         elif kind == "refused":
             self.draws, self.refused = max(self.draws, record["draw"] + 1), self.refused + 1
+            if record["why"] != AGAIN:
+                self.refusals.append(record["point"])
         elif kind == "exploit":
             trial = self.trials[record["number"]]
             trial.point = record["point"]
@@ -570,7 +575,8 @@ def _lines(path: Path) -> list[bytes]:
 class Proposer:
     """Optuna's choice of points: what it knows of ended trials can be told again after a stop.
 
-    The random numbers of a draw are a function of (search.seed, its place), so that a search that goes on draws no point twice.
+    The random numbers of a draw are a function of (search.seed, its place), so that a search that goes on does not begin
+    its draws again.
     """
 
     def __init__(self, plan: SearchPlan) -> None:
@@ -580,33 +586,28 @@ class Proposer:
         self.plan = plan
         way = optuna.study.StudyDirection
         directions = [way.MAXIMIZE if o.higher_is_better else way.MINIMIZE for o in plan.objectives]
-        self.study = optuna.create_study(directions=directions, sampler=self._sampler(0))
         self._asked: dict[int, optuna.trial.Trial] = {}
+        self._learned = 0
+        self.study = optuna.create_study(directions=directions, sampler=self._sampler(0))
 
     def _sampler(self, draw: int) -> optuna.samplers.BaseSampler:
-        import warnings
-
         import optuna
 
         search = self.plan.search
         digest = hashlib.blake2b(f"{search.seed}/{draw}".encode(), digest_size=4).digest()
         seed = int.from_bytes(digest)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            if search.algorithm == "random":
-                return optuna.samplers.RandomSampler(seed=seed)
-            if search.algorithm == "nsga2":
-                return optuna.samplers.NSGAIISampler(
-                    population_size=max(4, min(50, search.num_samples // 4)), seed=seed
-                )
-            startup = max(4, min(10, search.num_samples // 4))
-            # trials that run count as bad for now, so that those beside them look elsewhere
-            return optuna.samplers.TPESampler(
-                n_startup_trials=startup, constant_liar=True, seed=seed
-            )
+        # what was refused is no experience: Optuna would count it
+        beginning = self._learned < max(4, min(10, search.num_samples // 4))
+        if search.algorithm == "random" or (search.algorithm == "tpe" and beginning):
+            return optuna.samplers.RandomSampler(seed=seed)
+        if search.algorithm == "nsga2":
+            size = max(4, min(50, search.num_samples // 4))
+            return optuna.samplers.NSGAIISampler(population_size=size, seed=seed)
+        # trials that run count as bad for now, so that those beside them look elsewhere
+        return optuna.samplers.TPESampler(n_startup_trials=0, constant_liar=True, seed=seed)
 
     def draw(self, place: int) -> tuple[Point, Any]:
-        """A point, and what `accepted` or `refused` takes of it."""
+        """A point, and what `accepted` or `given_back` takes of it."""
         self.study.sampler = self._sampler(place)
         asked = self.study.ask()
         return self.plan.space.suggest(asked), asked
@@ -614,47 +615,59 @@ class Proposer:
     def accepted(self, asked: Any, number: int) -> None:
         self._asked[number] = asked
 
-    def refused(self, asked: Any) -> None:
+    def given_back(self, asked: Any) -> None:
+        """It is not tried."""
         import optuna
 
         self.study.tell(asked, state=optuna.trial.TrialState.FAIL)
 
+    def refused(self, point: Point) -> None:
+        """Learn that nothing is to be found here; else the same would be proposed again and again."""
+        self._add(point, "PRUNED", infeasible=True)
+
     def ended(self, trial: TrialResult, curve: Mapping[int, float]) -> None:
         """Learn from a trial. `curve`: the first objective by epoch.
 
-        One that was stopped early counts for how far it came (one objective), one that diverged as bad, one that broke not.
+        One that was stopped early counts for how far it came, one that diverged or breaks a constraint as bad, one that
+        broke teaches nothing.
         """
+        asked = self._asked.pop(trial.number, None)
+        values = [trial.values.get(o.name) for o in self.plan.objectives]
+        told = [float(v) for v in values if v is not None and math.isfinite(v)]
+        whole = len(told) == len(values) and trial.state != "failed"
+        diverged = trial.state == "failed" and bool(_DIVERGED.match(trial.why))
+        if not (whole or diverged):
+            if asked is not None:
+                self.given_back(asked)
+            return
+        self._learned += 1
+        seen: dict[int, float] = {}
+        state = "COMPLETE" if whole else "PRUNED"
+        if whole and trial.state == "stopped early" and len(values) == 1:
+            # Optuna compares what was stopped at the epoch where it was stopped; it does so for one objective alone
+            state, seen = "PRUNED", {e: v for e, v in curve.items() if math.isfinite(v)}
+        if asked is not None:
+            self.given_back(asked)  # from now on it is what became of it that counts
+        self._add(trial.point, state, told, seen, infeasible=diverged or not trial.feasible)
+
+    def _add(
+        self,
+        point: Point,
+        state: str,
+        values: Sequence[float] = (),
+        seen: Mapping[int, float] | None = None,
+        infeasible: bool = False,
+    ) -> None:
         import optuna
 
-        values = [trial.values.get(o.name) for o in self.plan.objectives]
-        whole = all(v is not None and math.isfinite(v) for v in values)
-        state = optuna.trial.TrialState.COMPLETE if whole else optuna.trial.TrialState.FAIL
-        one = len(self.plan.objectives) == 1
-        seen: dict[int, float] = {}
-        diverged = trial.state == "failed" and bool(_DIVERGED.match(trial.why))
-        if one and (trial.state == "stopped early" or diverged):
-            state = optuna.trial.TrialState.PRUNED
-            if whole and not diverged:
-                seen = {e: v for e, v in curve.items() if math.isfinite(v)}
-        if trial.state == "failed" and state != optuna.trial.TrialState.PRUNED:
-            state = optuna.trial.TrialState.FAIL
-        told = [float(v) for v in values if v is not None] if state.name == "COMPLETE" else None
-        if asked := self._asked.pop(trial.number, None):
-            if self.plan.space.point_of(asked.params) == trial.point:
-                for epoch, value in seen.items():
-                    asked.report(value, epoch)
-                self.study.tell(asked, told, state=state)
-                return
-            self.study.tell(
-                asked, state=optuna.trial.TrialState.FAIL
-            )  # it went another's way (pbt)
         self.study.add_trial(
             optuna.trial.create_trial(
-                state=state,
-                values=told,
-                params=self.plan.space.params(trial.point),
-                distributions=self.plan.space.distributions(trial.point),
-                intermediate_values=seen,
+                state=optuna.trial.TrialState[state],
+                values=list(values) if state == "COMPLETE" else None,
+                params=self.plan.space.params(point),
+                distributions=self.plan.space.distributions(point),
+                intermediate_values=dict(seen or {}),
+                constraints={"feasible": 1.0} if infeasible else None,
             )
         )
 
