@@ -228,13 +228,13 @@ def test_places():
 
 
 def test_a_uri_stays_as_it_is_in_a_run(tiny, s3, monkeypatch, tmp_path):
-    from potstill.fit import _resolve_paths
+    from potstill.config import resolve_paths
 
     learns = ("task=distil", "teacher.run=teacher", "data.unlabeled=more")
     config = tiny(f"data.root={s3.uri('colours')}", *learns)
     before = config_hash(config)
     monkeypatch.chdir(tmp_path)
-    _resolve_paths(config)
+    resolve_paths(config)
     assert config.data.root == s3.uri("colours")
     assert config.data.unlabeled == f"{os.path.realpath(tmp_path)}/more"
     assert before != config_hash(config)  # the relative path meant another folder

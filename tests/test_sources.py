@@ -322,7 +322,7 @@ def test_what_a_plug_in_lists_is_checked(plugged):
     with pytest.raises(UserError, match=r"'g' must be in one split, got '0\.jpg' in train"):
         list_rows(plugged(Listing(split, None, "mine")))
     with pytest.raises(
-        UserError, match=r"data\.source must be one of folder, .*tar, got 'tarr'; did"
+        UserError, match=r"data\.source must be one of digits, folder, .*tar, got 'tarr'; did"
     ):
         list_rows(Data(source="tarr"))
 

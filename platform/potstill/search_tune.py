@@ -203,7 +203,9 @@ def _scheduler(owner: _Search, metric: str, mode: str) -> TrialScheduler:
         )
     if search.scheduler == "hyperband":
         return HyperBandScheduler(
-            **about, max_t=max(2, epochs), reduction_factor=max(2, round(search.reduction))
+            **about,
+            max_t=epochs + 1,  # as above: one that has ended by itself must not be waited for
+            reduction_factor=max(2, round(search.reduction)),
         )
     if search.scheduler == "median":
         return _Median(**about, grace_period=search.grace_epochs, min_samples_required=3)
