@@ -46,10 +46,11 @@ from potstill.search_plan import (
     data_key,
     trial_name,
 )
-from potstill.search_results import TrialResult, best_of, ranked, write_results
+from potstill.search_results import TrialResult, best_of, ranked, write_leaderboard, write_results
 
 POLL_S = 0.2
-RESULTS_EVERY_S = 30.0
+PICTURES_EVERY_S = 300.0
+"""Drawing them takes seconds of a core, which the trials would miss."""
 MOST_AGAIN = 50
 """Proposals in a row that were there before, after which one is taken again: a small space may be used up."""
 
@@ -677,10 +678,10 @@ class _Search:
         return mean * to_come / max(1, min(len(self.live), self._slots))
 
     def _write_results(self, at_once: bool) -> None:
-        """The files of the search; now and then while trials run, beside Tune's thread."""
-        if not at_once and (
-            time.monotonic() - self._written < RESULTS_EVERY_S or self._results.locked()
-        ):
+        """The files of the search: the table whenever a trial ends, the pictures now and then, beside Tune's thread."""
+        write_leaderboard(self.folder, self._trials(), self.plan.objectives)
+        waited = time.monotonic() - self._written
+        if not at_once and (waited < PICTURES_EVERY_S or self._results.locked()):
             return
         self._written = time.monotonic()
         trials = [_copy(t) for t in self._trials()]

@@ -327,8 +327,8 @@ def _trained(run_dir: Path, payload: dict[str, Any]) -> bool:
 
 def _free_memory() -> None:
     """The process goes on to other trials, and may share its GPU."""
-    gc.collect()
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

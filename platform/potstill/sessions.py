@@ -63,7 +63,8 @@ class JournalSession:
         self.flush()
 
     def flush(self) -> None:
-        self._write(self._records)
+        if self._records:
+            self._write(self._records)
         self._records, self._flushed = [], time.monotonic()
 
     # -------------------------------------------------------------------------------------- within
