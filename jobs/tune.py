@@ -1,6 +1,6 @@
 """Find the best student for a budget: many trainings over a space of settings, by Ray Tune.
 
-  uv run jobs/tune.py search=quickstart                                  on scikit-learn's digits, 5 minutes on 2 cores
+  uv run jobs/tune.py search=quickstart                                  on scikit-learn's digits, 2 minutes on 2 cores
   uv run jobs/tune.py search=joint data.root=<folder> teacher.run=runs/<teacher>
   uv run jobs/tune.py search=distil_weights experiment=<a student's> search.num_samples=40 search.max_hours=2
   uv run jobs/train.py --config-dir runs/<the search> experiment=best      the winner, as it is
