@@ -158,8 +158,9 @@ def read_journal(run_dir: Path) -> list[Record]:
     superseded = ends[:-1] + [r for r in ends[-1:] if r["attempt"] < last]
     kept = [r for r in kept if not any(r is end for end in superseded)]
     # weights that were taken over bring their epoch's record with them
-    last_of = {r["epoch"]: r for r in kept if r["kind"] == "epoch"}
-    return [r for r in kept if r["kind"] != "epoch" or last_of[r["epoch"]] is r]
+    epochs = sorted((r for r in kept if r["kind"] == "epoch"), key=lambda r: r["attempt"])
+    last_of = {r["step"]: r for r in epochs}
+    return [r for r in kept if r["kind"] != "epoch" or last_of[r["step"]] is r]
 
 
 def parse_lines(lines: Iterable[bytes]) -> list[Record]:
