@@ -146,7 +146,7 @@ class _Proposals(Searcher):
         Path(checkpoint_path).write_text("")
 
     def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("a search goes on by its own journal")
+        raise RuntimeError("Tune restores nothing here: a search goes on by its own journal")
 
 
 class _Reporter(Callback):
