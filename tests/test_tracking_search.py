@@ -85,6 +85,7 @@ def trial_ended(number: int, state: str, step: int, value: float | None, **chang
 
 def end(status: str, step: int = 16, **changes: Any) -> dict[str, Any]:
     how = {"status": status, "reason": "", "best": None}
+    how |= {"by": "scheduler"} if status == "stopped_early" else {}
     return {"kind": "end", "attempt": 1, "step": step, "time": START + 100, **how, **changes}
 
 
