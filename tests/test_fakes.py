@@ -434,3 +434,21 @@ def test_the_audit_catches_a_set_without_that_care(made, tmp_path, ray_session, 
     )["findings"][0]
     assert flagged <= set(found["facts"]["flagged"])
     assert (found["severity"] == "serious") == bool(flagged)
+
+
+def test_what_jobs_write_lies_where_jobs_read(tmp_path, monkeypatch):
+    """A submitted job's current folder is a copy of the code, and goes with the job."""
+    from potstill.config import Data, MakeFakesConfig
+    from potstill.data.digits import list_digits
+
+    home, code = tmp_path / "home", tmp_path / "code"
+    code.mkdir()
+    monkeypatch.chdir(code)
+    monkeypatch.setenv("POTSTILL_HOME", str(home))
+    assert list_digits(Data(source="digits", root="data/digits")).entries
+    write_images(home / "photos", {"a": 40})
+    asked = MakeFakesConfig(images="photos", generator="transposed", max_images=60, px=PX)
+    assert fakes.make_fakes_shown(asked) == home / "data" / "fakes" / "transposed"
+    assert list(code.iterdir()) == []
+    with pytest.raises(UserError, match="output must be a folder of this machine, got s3://b/f"):
+        fakes.make_fakes_shown(MakeFakesConfig(images="photos", output="s3://b/f"))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import os
 import re
 import shutil
 import signal
+import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +23,7 @@ import torch
 from conftest import tiny_overrides, write_tree
 from potstill import runs
 from potstill.config import compose
-from potstill.errors import UserError
+from potstill.errors import RunFailed, Stopped, UserError
 from potstill.fit import fit
 
 
@@ -164,6 +170,221 @@ def aim_values(repo: Path, run_hash: str) -> dict[tuple[str, str], list[float]]:
                 by_step = metric.dataframe().sort_values("step")
                 found[metric.name, metric.context["subset"]] = by_step["value"].tolist()
     return found
+
+
+def looked_at(monkeypatch, node: Path, sees: Callable[[int], bool]) -> None:
+    """Let the workers of these ranks see the run's folder and the others not, as on nodes of which some mount it.
+
+    `node`: where the others keep what they fetch.
+    """
+    from potstill import handover
+
+    @contextlib.contextmanager
+    def marked(folder: Path, real=handover.marked):
+        if folder.parent.name != "runs":
+            with real(folder) as mark:
+                yield mark
+            return
+
+        class Mark:
+            def seen(self) -> bool:
+                import ray.train
+
+                os.environ["POTSTILL_HOME"] = str(node)
+                return sees(ray.train.get_context().get_world_rank())
+
+        yield Mark()
+
+    monkeypatch.setattr(handover, "marked", marked)
+
+
+@pytest.mark.slow
+def test_some_workers_see_the_runs_and_others_do_not(tiny, monkeypatch, tmp_path):
+    """A head that trains, too, with another machine beside it: the same story as where all see them."""
+    teacher = tiny("run.name=teacher", "loop.epochs=1")
+    fit(teacher)
+    shared = (
+        *("task=distil", f"teacher.run={run_dir(teacher)}"),
+        *("optimizer.name=sgd", "optimizer.lr=0.05", "loop.log_every_steps=1"),
+    )
+    alone = tiny(*shared, "run.name=alone")
+    fit(alone)
+    looked_at(monkeypatch, tmp_path / "node", lambda rank: rank == 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    apart = tiny(*shared, "run.name=apart", "scaling.num_workers=2", "scaling.cpus_per_worker=1")
+    fit(apart)
+    assert list((tmp_path / "node" / "copies").glob("fetched-*/teacher/config.yaml"))
+    assert not list(tmp_path.glob("*ray-train*")), "what Ray keeps of a run goes with it"
+    told = [runs.read_journal(run_dir(config)) for config in (alone, apart)]
+    assert [next(r["world_size"] for r in t if r["kind"] == "attempt") for t in told] == [1, 2]
+    for kind, key in (("step", "loss"), ("epoch", "val_loss")):
+        one, two = ([r[key] for r in t if r["kind"] == kind] for t in told)
+        assert len(one) >= 2
+        assert one == pytest.approx(two, abs=1e-5), key
+
+
+@pytest.mark.slow
+def test_what_one_worker_cannot_do_ends_all_of_them(tiny, monkeypatch, tmp_path):
+    """The first one's disk is full, and the second waits for it at the checkpoint; then the other way round, where
+    the first one waits for the second's gradients. Ray would wait for hours, and start them again three times."""
+    pair = ("scaling.num_workers=2", "scaling.cpus_per_worker=1", "scaling.max_failures=3")
+    full = tiny("run.name=full", "loop.epochs=1", *pair)
+    runs.atomic_write(Path(full.runs.dir) / "full" / "checkpoints", "a file is in the way")
+    with pytest.raises(
+        RunFailed, match=r"^runs\.dir: the checkpoint of step 3 could not be written"
+    ):
+        fit(full)
+    (end,) = [r for r in runs.read_journal(run_dir(full)) if r["kind"] == "end"]
+    assert (end["status"], end["reason"][:9]) == ("failed", "runs.dir:")
+
+    teacher = tiny("run.name=teacher", "loop.epochs=1")
+    fit(teacher)
+    (tmp_path / "node").write_text("a file is in the way")
+    looked_at(monkeypatch, tmp_path / "node", lambda rank: rank == 0)
+    lone = tiny("run.name=lone", "task=distil", f"teacher.run={run_dir(teacher)}", *pair)
+    with pytest.raises(UserError, match=r"^POTSTILL_HOME must be a folder that can be written"):
+        fit(lone)
+    assert runs.last_attempt(run_dir(lone)) == 0, "nobody has trained"
+    assert runs.read_json(run_dir(lone) / "summary.json")["status"] == "failed"
+
+
+class AtDesk:
+    """What a worker's session asks the driver's actor at its start."""
+
+    call = SimpleNamespace(remote=lambda kind, run_dir, name: ray_put(0))
+
+
+def ray_put(value):
+    import ray
+
+    return ray.put(value)
+
+
+def session_of(scribe, run_dir: Path):
+    from potstill.fit import _RaySession
+
+    about = {"scribe": scribe, "mark": SimpleNamespace(seen=lambda: True)}
+    return _RaySession(run_dir, rank=0, world_size=1, payload=about)
+
+
+def test_the_first_worker_is_heard_of_whatever_it_is_busy_with(tmp_path, monkeypatch, ray_session):
+    from potstill import fit
+
+    heard = threading.Semaphore(0)
+
+    class Scribe(AtDesk):
+        hear = SimpleNamespace(remote=heard.release)
+
+    monkeypatch.setattr(fit, "ALIVE_S", 0.01)
+    with session_of(Scribe, tmp_path).heard():  # it asks nothing
+        assert all(heard.acquire(timeout=30) for _ in range(3))
+        told = next(t for t in threading.enumerate() if t.name == "sign-of-life")
+    told.join(30)
+    assert not told.is_alive()
+
+
+@pytest.mark.slow
+def test_a_stop_in_a_long_validation_is_waited_for(tiny, monkeypatch, tmp_path):
+    """The loop asks nobody meanwhile, and yet its worker is there."""
+    from potstill import fit as driver
+
+    begun = tmp_path / "begun"
+
+    def slow(rank: int) -> bool:
+        from potstill import loop
+
+        def evaluate(*args, real=loop.evaluate, **options):
+            begun.touch()
+            time.sleep(14)
+            return real(*args, **options)
+
+        loop.evaluate = evaluate
+        return True
+
+    def stop() -> None:
+        while not over.wait(0.1):
+            if begun.exists():
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    looked_at(monkeypatch, tmp_path, slow)
+    monkeypatch.setattr(driver, "UNHEARD_S", 8)
+    over = threading.Event()
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    try:
+        with pytest.raises(Stopped, match="stopped at step 4 and saved"):
+            fit(tiny("run.name=stopped", "scaling.num_workers=1"))
+    finally:
+        over.set()
+        stopper.join()
+
+
+@pytest.mark.parametrize(("update_s", "updates"), [(0.01, 10), (0.5, 4), (13.0, 1)])
+def test_workers_ask_every_few_seconds_whether_to_stop(
+    tmp_path, monkeypatch, ray_session, update_s, updates
+):
+    """`ray job stop` leaves two minutes: ten updates may be longer."""
+    import ray.train
+
+    from potstill import fit
+
+    update, asked_at = 0, []
+
+    class Scribe(AtDesk):
+        asked_to_stop = SimpleNamespace(remote=lambda: ray_put(asked_at.append(update)))
+
+    monkeypatch.setattr(fit, "time", SimpleNamespace(monotonic=lambda: update * update_s))
+    session = session_of(Scribe, tmp_path)
+    for update in range(1, 41):  # noqa: B007
+        assert session.asked() == ""
+    assert len(asked_at) > 3
+    assert np.diff(asked_at)[1:].tolist() == [updates] * (len(asked_at) - 2)
+    monkeypatch.setattr(ray.train, "report", lambda _: None)
+    session._told({}, None)
+    update += 1
+    session.asked()
+    assert asked_at[-1] == update, "who has just validated or saved must not first count to ten"
+
+
+def cluster_of(monkeypatch, *nodes: tuple[str, int]) -> None:
+    """A cluster of nodes of so many roles and cores; the last one is here."""
+    import ray
+
+    from potstill import cluster
+
+    here = ray.get_runtime_context().get_node_id()
+    told = [
+        {"NodeID": str(i), "Labels": {cluster.ROLE: role}, "Resources": {"CPU": cores}}
+        for i, (role, cores) in enumerate(nodes)
+    ]
+    told[-1]["NodeID"] = here
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(cluster, "alive_nodes", lambda: told)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": sum(c for _, c in nodes)})
+
+
+def test_workers_on_cores_take_what_their_kind_of_nodes_has(tiny, monkeypatch):
+    import ray.train
+
+    from potstill.fit import _cores, _scaling
+
+    pair = tiny("scaling=cpu", "scaling.num_workers=2")
+    cluster_of(monkeypatch, ("train", 4), ("data", 32), ("data", 24))
+    assert _scaling(pair)["resources_per_worker"] == {"CPU": 24}
+    cluster_of(
+        monkeypatch, ("head", 0)
+    )  # a node comes when it is asked for: who knows of how many cores
+    asked = _scaling(pair)
+    assert asked["resources_per_worker"] == {"CPU": 1}
+    assert asked["label_selector"] == {"potstill.io/role": "data"}
+
+    cluster_of(monkeypatch, ("head", 0), ("data", 32))
+    both_here = SimpleNamespace(get_local_world_size=lambda: 2)
+    monkeypatch.setattr(ray.train, "get_context", lambda: both_here)
+    payload, session = {"cpus": 1, "gpu": False}, SimpleNamespace(in_process=False)
+    assert _cores(pair, session, payload) == 16
+    assert _cores(tiny("scaling.cpus_per_worker=1"), session, payload) == 1
 
 
 @pytest.mark.slow
@@ -425,6 +646,43 @@ def test_lost_predictions_of_an_orphan_do_not_reach_the_history(tmp_path):
         folder, [{"kind": "epoch", "attempt": 2, "step": 12, "train_loss": 0.25, **base}]
     )
     assert runs.history(runs.read_journal(folder))["train_loss"] == [1.0, 0.5, 0.25]
+
+
+def test_a_lock_whose_file_was_taken_away_is_taken_anew(tmp_path, monkeypatch):
+    """By a job that has looked into the folder and found no run."""
+    flock, taken = fcntl.flock, []
+
+    def taken_away(handle: int, how: int) -> None:
+        flock(handle, how)
+        if not taken:
+            taken.append((tmp_path / ".lock").unlink())
+
+    monkeypatch.setattr(fcntl, "flock", taken_away)
+    with runs.lock(tmp_path), pytest.raises(UserError, match="is in use by process"):  # noqa: SIM117
+        with runs.lock(tmp_path):
+            pytest.fail("two have it")
+
+
+def test_a_disk_that_takes_half_a_record_takes_none(tmp_path, monkeypatch):
+    """A torn line would take the next record with it, once there is room again."""
+    first, second = {"kind": "note", "step": 1}, {"kind": "note", "step": 2}
+    runs.append_records(tmp_path, [first])
+    write, parts = os.write, []
+
+    def nearly_full(handle: int, data: bytes) -> int:
+        parts.append(data)
+        if len(parts) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(handle, data[: len(data) // 2])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", nearly_full)
+        with pytest.raises(OSError, match="No space left") as told:
+            runs.append_records(tmp_path, [second])
+    assert told.value.filename == str(tmp_path / "journal.jsonl")
+    runs.append_records(tmp_path, [second])
+    lines = (tmp_path / "journal.jsonl").read_bytes().splitlines()
+    assert runs.parse_lines(lines) == [first, second]
 
 
 def test_evaluation_of_the_runs_own_data_says_what_the_run_said(tiny, cache_dir):

@@ -23,6 +23,7 @@ from potstill.data.cache import Cache, open_cache
 from potstill.data.prepare import check, prepare
 from potstill.errors import UserError
 from potstill.fit import fit
+from potstill.handover import Mark, marked
 from potstill.soft_labels import SoftLabels
 
 TERMS = "task.terms.features={loss: feature_mse, inputs: [features, teacher.features], weight: 0.1}"
@@ -92,12 +93,14 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run(config, job, shards):
         told = json.dumps({**job, "use_gpu": False, "cpus": 1, "path": []})
-        for name, first, end in shards:
-            row = {"name": name, "first": first, "end": end}
-            description = json.loads(soft_labels._write_row(row, told)["description"])
-            if "error" in description:
-                raise UserError(description["error"])
-            yield description
+        with marked(Path(job["folder"])) as mark:
+            for name, first, end in shards:
+                row = {"name": name, "first": first, "end": end}
+                written = soft_labels._write_row(row, told, mark, None)
+                description = json.loads(written["description"])
+                if "error" in description:
+                    raise UserError(description["error"])
+                yield description
 
     monkeypatch.setattr(soft_labels, "_run", run)
 
@@ -468,6 +471,25 @@ def test_the_key_is_the_folders_name(make, written):
     same = make("optimizer.lr=0.5", "loop.epochs=9", "soft_labels.batch_size=7")
     assert key(make()) == key(same) == written.name
     assert key(make("loop.seed=1")) != written.name
+
+
+def test_nodes_that_do_not_see_the_folders_write_the_same(make, written, monkeypatch, tmp_path):
+    """Teacher and images come to them, shards go back: as on hosts with disks of their own."""
+    import contextlib
+
+    from potstill import handover
+
+    unseen = contextlib.nullcontext(Mark("nowhere", ".seen"))
+    monkeypatch.setattr(handover, "marked", lambda _: unseen)
+    monkeypatch.setattr(soft_labels, "SMALL_SHARD_ROWS", 16)
+    folder = soft_labels.soft_labels(make(f"soft_labels.dir={tmp_path / 'far'}"))
+    assert folder.parent == tmp_path / "far"
+    near, far = (SoftLabels.open(str(f), True) for f in (written, folder))
+    ids, views = near.ids, np.zeros(len(near.ids), np.int64)
+    ours, theirs = near.columns(ids, views), far.columns(ids, views)
+    assert ours.keys() == theirs.keys()
+    for name, values in ours.items():
+        assert torch.equal(values, theirs[name]), name
 
 
 def test_a_gpu_that_is_not_there_is_refused(make, ray_session):

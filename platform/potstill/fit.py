@@ -7,13 +7,15 @@ import difflib
 import functools
 import importlib.metadata
 import logging
+import math
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +40,23 @@ from potstill.config import (
 from potstill.console import EpochPrinter
 from potstill.data.prepare import Plan, check, prepared
 from potstill.errors import RunFailed, Stopped, UserError
+from potstill.handover import Desk, FarFolder
 from potstill.registry import load_plugins
+from potstill.replica import replica_of, replicated, with_local_runs
 from potstill.sessions import JournalSession
+from potstill.storage import is_uri, local_folder
 
 if TYPE_CHECKING:
+    import torch
+
     from potstill.runs import Checkpoint
 
 POLL_S = 0.1
+SAVE_AGAIN_S = 30.0
+ALIVE_S, UNHEARD_S = 1.0, 60.0
+"""Between two signs of life of the first worker's process, and without one: then it is gone."""
+AGREE_S, AGREE_UPDATES = 2.0, 10
+"""How long, and for how many updates, workers go on before they ask once more whether to stop."""
 
 
 # ------------------------------------------------------------------------------------------ the driver
@@ -55,6 +67,11 @@ def fit(config: Config) -> dict[str, Any]:
     """
     resolve_paths(config)
     run_dir = run_folder(config)
+    with replicated(run_dir, config.runs.dir):
+        return _fit(config, run_dir)
+
+
+def _fit(config: Config, run_dir: Path) -> dict[str, Any]:
     if (done := _finished(run_dir)) is not None:
         _refuse_other_config(config, run_dir)
         console.say(f"{run_dir.name} has finished already; run.again=true starts another")
@@ -84,12 +101,22 @@ def run_folder(config: Config) -> Path:
         raise UserError(
             f"run.name must be a folder's name without '/' and not start with '.', got {base!r}"
         )
-    root = Path(config.runs.dir).expanduser().absolute()
+    root = local_folder(config.runs.dir)
     folder, n = root / base, 1
-    while config.run.again and _finished(folder) is not None:
+    while config.run.again and (_finished(folder) or _finished_elsewhere(config, folder)):
         n += 1
         folder = root / f"{base}-{n}"
     return folder
+
+
+def _finished_elsewhere(config: Config, run_dir: Path) -> bool:
+    """Whether a run of which this machine knows nothing has ended, by its copy in an object store."""
+    from potstill.data.files import explained
+
+    if (replica := replica_of(run_dir, config.runs.dir, "runs.dir")) is None:
+        return False
+    with explained(replica.place, "runs.dir"):
+        return replica.place.join("summary.json").stat() is not None
 
 
 def _finished(run_dir: Path) -> dict[str, Any] | None:
@@ -139,8 +166,11 @@ def _began_with(run_dir: Path) -> dict[str, Any]:
 def refuse_before_start(config: Config, run_dir: Path, plan: Plan) -> None:
     """What the listing of the data is enough to refuse; no torch is imported here."""
     refuse_rows(config, plan)
+    _refuse_head(config)
     source = config.model.get("init_from")
-    if source and not _has_begun(run_dir) and not Path(source).exists():
+    if source and is_uri(source):
+        runs.open_run(source, "model.init_from")
+    elif source and not _has_begun(run_dir) and not Path(source).exists():
         raise UserError(
             f"model.init_from must be a run's folder or a weights file, got {source!r}, which does not exist"
         )
@@ -150,6 +180,20 @@ def refuse_before_start(config: Config, run_dir: Path, plan: Plan) -> None:
 
         soft = SoftLabels.open(config.teacher.soft_labels, config.cache.verify)
         soft.check(config, plan, plan.rows.classes)
+
+
+def _refuse_head(config: Config) -> None:
+    """A cluster's head, on which a submitted job's command runs, takes no training."""
+    if config.scaling.num_workers or not os.environ.get("RAY_ADDRESS"):
+        return
+    from potstill.cluster import role_here, start_ray
+
+    start_ray()
+    if role_here() == "head":
+        raise UserError(
+            "scaling.num_workers must be >= 1 on a cluster's head, which takes no work, got 0; use scaling=gpu, or "
+            "scaling=cpu for the nodes without GPUs"
+        )
 
 
 def refuse_rows(config: Config, plan: Plan) -> None:
@@ -327,6 +371,7 @@ def seen_before(config: Config, run_dir: Path, cache_dir: Path) -> list[dict[str
     runs.atomic_save(run_dir / "train_hashes.npy", ours)
     validation = hash_prefixes(cache.split("val").hashes)
     found = []
+    config = with_local_runs(config)
     sources = {"model.init_from": config.model.get("init_from")}
     for name, spec in teacher_specs(config).items():
         key = "teacher.run" if name == "teacher" else f"teachers.{name}.run"
@@ -350,11 +395,11 @@ def _train(
     from potstill.tracking import AimFollower
 
     runs.mend_journal(run_dir)
-    repo = Path(config.tracking.repo or config.runs.dir).expanduser().absolute()
+    repo = local_folder(config.tracking.repo or config.runs.dir)
     printer = EpochPrinter(run_dir.name)
     aim = AimFollower(run_dir, repo, console.warn) if config.tracking.name == "aim" else None
     payload = {
-        "config": to_dict(config),
+        "config": to_dict(with_local_runs(config)),
         "run_dir": str(run_dir),
         "cache_dir": str(cache_dir),
         "findings": findings,
@@ -365,12 +410,22 @@ def _train(
             error = _train_here(payload)
         else:
             error = train_on_workers(config, payload)
-        _end_journal(run_dir, error)
+        try:
+            _end_journal(run_dir, error)
+        except OSError:
+            if error is not None:  # what ended the run says more: the same disk, mostly
+                raise error from None
+            raise
     summary = summarise(run_dir)
-    if summary["epochs"]:
-        report.report(run_dir, summary)
-    # last: what is finished is not looked at again
-    runs.write_json(run_dir / "summary.json", summary)
+    try:
+        if summary["epochs"]:
+            report.report(run_dir, summary)
+        # last: what is finished is not looked at again
+        runs.write_json(run_dir / "summary.json", summary)
+    except OSError as failure:
+        if error is None:
+            raise
+        console.warn(f"no report of what there is ({failure})")
     if aim is not None:
         aim.close()
     if error is not None:
@@ -408,7 +463,7 @@ def _train_here(payload: dict[str, Any]) -> BaseException | None:
     try:
         with _stop_on_signals(stop.set):
             cpus = payload["config"]["scaling"]["cpus_per_worker"] or len(os.sched_getaffinity(0))
-            _trainer({**payload, "stop": stop, "cpus": cpus}, {"num_workers": 0}, 0).fit()
+            _fit_by_ray({**payload, "stop": stop, "cpus": cpus}, {"num_workers": 0}, 0)
     except (UserError, Stopped, KeyboardInterrupt) as error:
         return error
     return None
@@ -418,47 +473,72 @@ def train_on_workers(
     config: Config, payload: dict[str, Any], stop: threading.Event | None = None
 ) -> BaseException | None:
     """Returns what ended it before its time. `stop`: asks it to save and stop, as a signal does."""
-    from potstill.cluster import start_ray
+    from potstill.cluster import said_while_waiting, shown, start_ray
 
     start_ray()
     import ray
-    import ray.train
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    scaling = _scaling(config, ray.cluster_resources())
-    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # concurrent calls: asking to stop must not wait behind a record
-    options = {"num_cpus": 0, "scheduling_strategy": here, "max_concurrency": 2}
-    scribe: Any = ray.remote(_Scribe).options(**options).remote(payload["run_dir"])
-    payload = {**payload, "scribe": scribe, "cpus": scaling["resources_per_worker"]["CPU"]}
+    from potstill.handover import marked, open_desk
+
+    run_dir = Path(payload["run_dir"])
+    scaling = _scaling(config)
+    scribe = open_desk(_Scribe)
+    each = scaling["resources_per_worker"]
+    warned = bool(os.environ.get("RAY_ADDRESS"))  # of a spot machine's end
+    payload = {**payload, "scribe": scribe, "warned": warned}
+    payload |= {"cpus": each["CPU"], "gpu": "GPU" in each}
     outcome: list[BaseException | None] = []
 
     def train() -> None:
         try:
-            _trainer(payload, scaling, config.scaling.max_failures).fit()
+            with marked(run_dir) as mark:
+                task = {**payload, "mark": mark}
+                _fit_by_ray(task, scaling, config.scaling.max_failures)
             outcome.append(None)
         except BaseException as error:
             outcome.append(error)
 
     # in the main thread Ray would put its own handler in the place of ours, which ends the process
     thread = threading.Thread(target=train, name="ray-train", daemon=True)
+    stop = stop or threading.Event()
+    asked_at = 0.0
+    known = runs.last_attempt(run_dir)
+
+    def has_begun() -> bool:
+        return runs.last_attempt(run_dir) > known
+
+    what = f"{scaling['num_workers']} x ({', '.join(f'{v:g} {k}' for k, v in each.items())})"
+    what += shown(scaling["label_selector"] or {})
     try:
-        with _stop_on_signals(lambda: scribe.ask_to_stop.remote()):
+        with _stop_on_signals(stop.set), said_while_waiting(what, has_begun):
             thread.start()
             while thread.is_alive():
                 thread.join(POLL_S)
-                if stop is not None and stop.is_set():
+                if not stop.is_set():
+                    continue
+                if not has_begun():  # nobody there to save, or to hear of it
+                    return Stopped(f"stopped while it waited for {what}")
+                if not asked_at:
                     scribe.ask_to_stop.remote()
-                    stop = None
+                    asked_at = time.monotonic()
+                elif time.monotonic() - asked_at > UNHEARD_S and _silent(scribe) > UNHEARD_S:
+                    return Stopped(
+                        "stopped without an answer from its workers (a node may be gone): what they saved last counts"
+                    )
     except KeyboardInterrupt as error:
         return error
     finally:
         ray.kill(scribe)
     if (error := outcome[0]) is not None:
         return _failure(error)
-    ends = [r for r in runs.read_journal(Path(payload["run_dir"])) if r["kind"] == "end"]
-    kinds = {"failed": UserError, "stopped": Stopped}
-    return kinds[ends[-1]["status"]](ends[-1]["reason"]) if ends[-1]["status"] in kinds else None
+    end = [r for r in runs.read_journal(run_dir) if r["kind"] == "end"][-1]
+    return Stopped(end["reason"]) if end["status"] == "stopped" else None
+
+
+def _silent(scribe: Any) -> float:
+    import ray
+
+    return ray.get(scribe.silent_s.remote())
 
 
 def _failure(error: BaseException) -> BaseException:
@@ -467,6 +547,8 @@ def _failure(error: BaseException) -> BaseException:
 
     if not isinstance(error, ray.train.TrainingFailedError):
         return error
+    if isinstance(mistake := getattr(error, "controller_failure", None), UserError):
+        return mistake
     causes = getattr(error, "worker_failures", None) or {}
     lines = [
         f"worker {r}: {(str(c).strip().splitlines() or ['?'])[-1]}"
@@ -478,47 +560,81 @@ def _failure(error: BaseException) -> BaseException:
     )
 
 
-def _scaling(config: Config, resources: Mapping[str, float]) -> dict[str, Any]:
-    """ScalingConfig's arguments. Raises UserError for more than the cluster has."""
-    n, cpus_here, gpus_here = (
-        config.scaling.num_workers,
-        int(resources.get("CPU", 0)),
-        resources.get("GPU", 0),
-    )
-    use_gpu = config.scaling.use_gpu if config.scaling.use_gpu is not None else gpus_here >= n
-    if use_gpu and gpus_here < n and not os.environ.get("RAY_ADDRESS"):
+def _scaling(config: Config) -> dict[str, Any]:
+    """ScalingConfig's arguments. Raises UserError for more than this machine has; a cluster may grow."""
+    import ray
+
+    from potstill.cluster import gpus_by_default, nodes_with, selector
+
+    asked, n = config.scaling, config.scaling.num_workers
+    resources = ray.cluster_resources()
+    cores, gpus = int(resources.get("CPU", 0)), resources.get("GPU", 0)
+    on_cluster = bool(os.environ.get("RAY_ADDRESS"))
+    use_gpu = asked.use_gpu
+    if use_gpu is None:
+        use_gpu = gpus_by_default(gpus, n)
+    if use_gpu and gpus < n and not on_cluster:
         raise UserError(
-            f"scaling.num_workers must be <= the number of GPUs ({gpus_here:g}) with scaling.use_gpu=true, got {n}; "
+            f"scaling.num_workers must be <= the number of GPUs ({gpus:g}) with scaling.use_gpu=true, got {n}; "
             "use scaling=cpu or fewer workers"
         )
-    cpus = config.scaling.cpus_per_worker or max(1, cpus_here // n)
-    if n * cpus > cpus_here and not os.environ.get("RAY_ADDRESS"):
+    labels = selector("train" if use_gpu else "data", asked.labels)
+    cpus = asked.cpus_per_worker or max(1, cores // n)
+    if on_cluster and not asked.cpus_per_worker:
+        # no more than the smallest node has; where none is there yet, and with a GPU, a worker asks for one core and
+        # then takes its share of whatever node comes: see _cores
+        each = [c for node in nodes_with(labels) if (c := int(node["Resources"].get("CPU", 0)))]
+        cpus = 1 if use_gpu or not each else max(1, min(sum(each) // n, *each))
+    if n * cpus > cores and not on_cluster:
         raise UserError(
-            f"scaling.num_workers x scaling.cpus_per_worker must be <= the machine's {cpus_here} cores, got {n} x {cpus}; "
+            f"scaling.num_workers x scaling.cpus_per_worker must be <= the machine's {cores} cores, got {n} x {cpus}; "
             "use fewer workers"
         )
     per_worker = {"CPU": cpus, "GPU": 1} if use_gpu else {"CPU": cpus}
-    return {"num_workers": n, "use_gpu": use_gpu, "resources_per_worker": per_worker}
+    return {
+        "num_workers": n,
+        "use_gpu": use_gpu,
+        "resources_per_worker": per_worker,
+        "label_selector": labels or None,
+    }
 
 
-def _trainer(payload: dict[str, Any], scaling: dict[str, Any], max_failures: int) -> Any:
+def _fit_by_ray(payload: dict[str, Any], scaling: dict[str, Any], max_failures: int) -> None:
+    """Let Ray Train call `_work` on its workers, or here. Raises what ended it."""
     import ray.train
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    class EndAtMistakes(ray.train.UserCallback):
+        """What a user must mend ends the run, on whichever worker it is found: the others may wait for that one, for
+        hours, and Ray would start all of them again."""
+
+        def after_exception(
+            self, run_context: Any, worker_exceptions: dict[int, Exception]
+        ) -> None:
+            for error in worker_exceptions.values():
+                if isinstance(error, UserError):
+                    raise error
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    run_dir = Path(payload["run_dir"])
-    # Ray's own record of checkpoints is never read again: damaged, it would refuse to resume; ours is checked
-    (run_dir / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
-    return TorchTrainer(
-        _work,
-        train_loop_config=payload,
-        scaling_config=ray.train.ScalingConfig(**scaling),
-        run_config=ray.train.RunConfig(
-            name=run_dir.name,  # a checkpoint that Ray is told of, and does not copy, must stand in its own folder
-            storage_path=str(run_dir.parent),
-            failure_config=ray.train.FailureConfig(max_failures=max_failures),
-        ),
-    )
+    rehearsal = payload["config"]["scaling"]["rehearse"]
+    # Ray keeps a record of its own there, which nobody reads again
+    with tempfile.TemporaryDirectory(
+        prefix="potstill-ray-train-", ignore_cleanup_errors=True
+    ) as storage:
+        TorchTrainer(
+            _work,
+            train_loop_config=payload,
+            # a rank may wait for another one's node to fetch its copy of the set
+            torch_config=TorchConfig(backend="gloo" if rehearsal else None, timeout_s=4 * 3600),
+            scaling_config=ray.train.ScalingConfig(**scaling),
+            run_config=ray.train.RunConfig(
+                # Ray is told of no checkpoint: its own record, damaged, would refuse to go on; ours is checked
+                name=Path(payload["run_dir"]).name,
+                storage_path=storage,
+                failure_config=ray.train.FailureConfig(max_failures=max_failures),
+                callbacks=[EndAtMistakes()],
+            ),
+        ).fit()
 
 
 @contextlib.contextmanager
@@ -559,19 +675,17 @@ def _follow(run_dir: Path, printer: EpochPrinter) -> Iterator[None]:
 
 
 def _end_journal(run_dir: Path, error: BaseException | None) -> None:
-    """The worker writes how its run ended; where it could not, the driver does."""
+    """The first worker writes how its run ended, but for what a user must mend, of which any one may be the first to
+    know: that, and what they could not write, the driver does."""
     raw = runs.read_journal(run_dir)
     attempt = max((r["attempt"] for r in raw if r["kind"] == "attempt"), default=0)
-    if any(r["kind"] == "end" for r in raw) or not attempt:
+    failed = error is not None and not isinstance(error, KeyboardInterrupt | Stopped)
+    if not failed and (any(r["kind"] == "end" for r in raw) or not attempt):
         return
     step = max((r["step"] for r in raw if r["kind"] == "checkpoint"), default=0)
-    stopped = error is None or isinstance(error, KeyboardInterrupt | Stopped)
-    record = {"kind": "end", "attempt": attempt, "step": step, "time": time.time(), "best": None}
-    record |= {
-        "status": "stopped" if stopped else "failed",
-        "reason": "" if stopped else str(error),
-    }
-    runs.append_records(run_dir, [record])
+    about = {"kind": "end", "attempt": max(attempt, 1), "step": step, "time": time.time()}
+    how = ("failed", str(error)) if failed else ("stopped", "")
+    runs.append_records(run_dir, [{**about, "best": None, "status": how[0], "reason": how[1]}])
 
 
 def summarise(run_dir: Path) -> dict[str, Any]:
@@ -626,15 +740,13 @@ def _say_summary(summary: dict[str, Any], run_dir: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------- the workers
-class _Scribe:
-    """The journal's one writer, on the driver's node; it also hands on the wish to stop."""
+class _Scribe(Desk):
+    """The one writer of a run's journal, on the driver's node; it also hands on the wish to stop."""
 
-    def __init__(self, run_dir: str) -> None:
-        self.run_dir = Path(run_dir)
+    def __init__(self) -> None:
         self.stopping = False
-
-    def append(self, records: list[dict[str, Any]]) -> None:
-        runs.append_records(self.run_dir, records)
+        self.heard = -math.inf
+        """When a worker last was there."""
 
     def ask_to_stop(self) -> None:
         self.stopping = True
@@ -642,99 +754,179 @@ class _Scribe:
     def asked_to_stop(self) -> bool:
         return self.stopping
 
+    def hear(self) -> None:
+        self.heard = time.monotonic()
+
+    def silent_s(self) -> float:
+        return time.monotonic() - self.heard
+
 
 def _work(payload: dict[str, Any]) -> None:
-    """What every worker runs. A user's mistake ends the run in the journal, not by a crash that Ray would retry."""
-    import torch
+    """What every worker runs. UserError, of any one, ends all of them: see `_fit_by_ray`."""
     from ray.train import get_context
 
-    from potstill.assemble import prepare_process, train_run
-
     config: Config = from_dict(Config, payload["config"])
-    run_dir = Path(payload["run_dir"])
     sys.path += [folder for folder in payload["path"] if folder not in sys.path]
     load_plugins(config.plugins)
     context = get_context()
-    session = _RaySession(run_dir, context.get_world_rank(), context.get_world_size(), payload)
-    session.attempt = 1 + runs.last_attempt(run_dir)
-    prepare_process(payload["cpus"])
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    session = _RaySession(Path(payload["run_dir"]), rank, world_size, payload)
     try:
-        if session.in_process:
-            on_gpu = torch.cuda.is_available() and config.scaling.use_gpu is not False
-            if config.scaling.use_gpu and not on_gpu:
-                raise UserError(
-                    "scaling.use_gpu must be false or null on a machine without a GPU, got true"
-                )
-            device = torch.device("cuda:0" if on_gpu else "cpu")
-        else:
-            from ray.train.torch import get_device
-
-            device = get_device()
-        cache_dir = Path(payload["cache_dir"])
-        progress, early = train_run(
-            config, cache_dir, session, device, session.attempt, payload["findings"]
-        )
-        why = f"{config.loop.monitor} has not improved for {progress.bad_epochs} epochs"
-        status = "stopped_early" if early else "finished"
-        session.end(status, why if early else "", progress.best)
-    except (Stopped, UserError) as error:
-        session.end("stopped" if isinstance(error, Stopped) else "failed", str(error), None)
+        with session.heard():
+            _train_worker(config, session, payload)
+    except Stopped as error:
+        session.end("stopped", str(error), None)
         if session.in_process:
             raise
+    except UserError:
+        session.flush()
+        raise
     except Exception as error:
         if not session.in_process:  # Ray replaces the workers; nobody would hear why
             session.tell_failure(error)
         raise
 
 
+def _train_worker(config: Config, session: _RaySession, payload: dict[str, Any]) -> None:
+    from potstill.assemble import prepare_process, train_run
+
+    prepare_process(_cores(config, session, payload))
+    device = _device(config, session, payload)
+    cache_dir = Path(payload["cache_dir"])
+    if session.elsewhere:
+        from potstill.handover import brought
+
+        cache_dir = brought(config, cache_dir, payload["scribe"])
+    progress, early = train_run(
+        config, cache_dir, session, device, session.attempt, payload["findings"]
+    )
+    why = f"{config.loop.monitor} has not improved for {progress.bad_epochs} epochs"
+    session.end("stopped_early" if early else "finished", why if early else "", progress.best)
+
+
+def _cores(config: Config, session: _RaySession, payload: dict[str, Any]) -> int:
+    """How many this worker computes with: what it was given or, where nobody has said how many, its share of the node."""
+    if session.in_process or config.scaling.cpus_per_worker:
+        return payload["cpus"]
+    import ray
+    from ray.train import get_context
+
+    from potstill.cluster import alive_nodes, cores_of_gpu
+
+    if payload["gpu"]:
+        return max(payload["cpus"], cores_of_gpu())
+    here = ray.get_runtime_context().get_node_id()
+    cores = next(n["Resources"].get("CPU", 1) for n in alive_nodes() if n["NodeID"] == here)
+    return max(payload["cpus"], int(cores) // get_context().get_local_world_size())
+
+
+def _device(config: Config, session: _RaySession, payload: dict[str, Any]) -> torch.device:
+    import torch
+
+    if session.in_process:
+        on_gpu = torch.cuda.is_available() and config.scaling.use_gpu is not False
+        if config.scaling.use_gpu and not on_gpu:
+            raise UserError(
+                "scaling.use_gpu must be false or null on a machine without a GPU, got true"
+            )
+        return torch.device("cuda:0" if on_gpu else "cpu")
+    if config.scaling.rehearse:
+        return torch.device("cpu")
+    from ray.train.torch import get_device
+
+    if payload["gpu"] and get_device().type == "cpu":
+        raise UserError(
+            f"scaling.use_gpu must be false where PyTorch finds no GPU, got true, and none was found on "
+            f"{os.uname().nodename} (jobs/doctor.py tells why); scaling.rehearse=true trains on its cores instead"
+        )
+    return get_device()
+
+
 class _RaySession(JournalSession):
     """`loop.Session` over Ray Train: checkpoints by `runs`, journal by the driver's node."""
 
     def __init__(self, run_dir: Path, rank: int, world_size: int, payload: dict[str, Any]) -> None:
-        super().__init__(run_dir, rank, world_size)
-        self._scribe = payload.get("scribe")
+        self._scribe: Any = payload.get("scribe")
         self._stop: threading.Event | None = payload.get("stop")
         self.in_process = self._scribe is None
-        self._asked = 0
+        self.elsewhere = not self.in_process and not payload["mark"].seen()
+        """Whether the run's folder is not seen from here."""
+        self._saved = -math.inf
+        self._every, self._left, self._agreed = 1, 1, -math.inf
+        """So many updates from one agreement of the ranks to the next, until that, and when they last agreed."""
+        self._warned = payload.get("warned", False)
+        self._scribes = None if self.in_process else FarFolder(self._scribe, run_dir)
+        super().__init__(run_dir, rank, world_size, self._scribes if self.elsewhere else None)
+        self.attempt = 1 + (self._scribes or self.folder).last_attempt()
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[None]:
+        """Let the driver know that this process is there, whatever the loop is busy with: that may take minutes."""
+        over = threading.Event()
+
+        def tell() -> None:
+            while not over.wait(ALIVE_S):
+                self._scribe.hear.remote()  # nobody waits for it
+
+        if self.rank == 0 and not self.in_process:
+            threading.Thread(target=tell, name="sign-of-life", daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
 
     def _write(self, records: list[dict[str, Any]]) -> None:
-        if self._scribe is None:
-            super()._write(records)
-            return
-        import ray
-
-        ray.get(self._scribe.append.remote(records))
+        (self._scribes or self.folder).append(records)  # one writer, whoever tells it
 
     def _told(self, metrics: dict[str, Any], kept: Checkpoint | None) -> None:
         import ray.train
 
-        checkpoint = ray.train.Checkpoint.from_directory(kept.folder) if kept else None
-        ray.train.report(
-            metrics, checkpoint, checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD
-        )
+        ray.train.report(metrics)
+        # it has taken its time, and so had validation: the ranks agree after the next update
+        self._every, self._left, self._agreed = 1, 1, time.monotonic()
 
     def resume_from(self) -> tuple[Checkpoint | None, list[str]]:
         """Rank 0 looks, so that all ranks start from the same one. Collective."""
-        found = super().resume_from() if self.rank == 0 else (None, [])
-        if self.world_size == 1:
-            return found
-        import torch.distributed as dist
+        told: list[Any] = [self.folder.newest() if self.rank == 0 else (None, [])]
+        if self.world_size > 1:
+            import torch.distributed as dist
 
-        told: list[Any] = [found]
-        dist.broadcast_object_list(told)
-        return told[0]
+            dist.broadcast_object_list(told)
+        found, passed_over = told[0]
+        if found is not None and isinstance(self.folder, FarFolder):
+            found = self.folder.bring(found)
+        return found, passed_over
 
-    def preempted(self) -> bool:
-        """Asked in every update; on workers, which must agree, the driver is asked in every tenth."""
+    def asked(self) -> str:
+        """Asked after every update; on workers, which must agree, the driver and Ray are asked less often."""
         if self._scribe is None:
-            return self._stop is not None and self._stop.is_set()
-        self._asked += 1
-        if self._asked % 10:
-            return False
+            return "stop" if self._stop is not None and self._stop.is_set() else ""
+        self._left -= 1
+        if self._left > 0:
+            return ""
         import ray
+        import ray.train
         import torch.distributed as dist
 
-        told: list[Any] = [self.rank == 0 and ray.get(self._scribe.asked_to_stop.remote())]
+        # a barrier, so only where anybody would warn of a node's end
+        notice = self._warned and ray.train.get_preemption_info() is not None
+        answer = ""
+        if self.rank == 0 and ray.get(self._scribe.asked_to_stop.remote()):
+            answer = "stop"
+        elif self.rank == 0 and notice and time.monotonic() - self._saved > SAVE_AGAIN_S:
+            self._saved = time.monotonic()
+            self.note("a node of this run will soon be gone: saving, and going on")
+            answer = "save"
+        told = [answer, self._pace()]
         if self.world_size > 1:
             dist.broadcast_object_list(told)
-        return told[0]
+        answer, self._every = told
+        self._left = self._every
+        return answer
+
+    def _pace(self) -> int:
+        """How many updates AGREE_S has room for: one may take a minute, and a machine be gone in two."""
+        now = time.monotonic()
+        each_s = max((now - self._agreed) / self._every, 1e-6)
+        self._agreed = now
+        return max(1, min(AGREE_UPDATES, int(AGREE_S / each_s)))

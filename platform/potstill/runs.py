@@ -23,14 +23,16 @@ import math
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from potstill.errors import UserError
+from potstill.errors import RunFailed, UserError
 from potstill.metric_names import further
+from potstill.storage import home, is_uri
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,9 +62,16 @@ def atomic_write(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:
+        raise _about(error, path) from None
     finally:
         beside.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def _about(error: OSError, path: Path) -> OSError:
+    """The same, with the file's name: what a write raises has none."""
+    return error if error.filename else type(error)(error.errno, error.strerror, str(path))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -115,10 +124,22 @@ Record = dict[str, Any]
 def append_records(run_dir: Path, records: list[Record]) -> None:
     """Append to the journal and flush it to the disk; one `write` a call, so that lines never mix."""
     text = "".join(json.dumps(r, separators=(",", ":")) + "\n" for r in records)
-    handle = os.open(run_dir / "journal.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    path = run_dir / "journal.jsonl"
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(handle, text.encode())
+        data = text.encode()
+        written = os.write(handle, data)
+        try:
+            while written < len(data):  # a disk that is nearly full takes a part, and then says why
+                written += os.write(handle, data[written:])
+        except OSError:  # a torn line would take the next record with it
+            end = os.lseek(handle, 0, os.SEEK_CUR)
+            if os.fstat(handle).st_size == end:
+                os.ftruncate(handle, end - written)
+            raise
         os.fsync(handle)
+    except OSError as error:
+        raise _about(error, path) from None
     finally:
         os.close(handle)
 
@@ -192,32 +213,67 @@ def history_keys(epochs: Sequence[Record]) -> list[str]:
 
 
 # -------------------------------------------------------------------------------------------- folder
+class RunFolder:
+    """What a training asks of its run's folder; one that lies on another node is asked through its desk (handover)."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+
+    def append(self, records: list[Record]) -> None:
+        append_records(self.run_dir, records)
+
+    def journal(self) -> list[Record]:
+        return read_journal(self.run_dir)
+
+    def last_attempt(self) -> int:
+        return last_attempt(self.run_dir)
+
+    def keep(self, step: int, contents: dict[str, bytes], meta: dict[str, Any]) -> Checkpoint:
+        return keep_checkpoint(self.run_dir, step, contents, meta)
+
+    def newest(self) -> tuple[Checkpoint | None, list[str]]:
+        return newest_checkpoint(self.run_dir)
+
+
 @contextmanager
 def lock(run_dir: Path) -> Iterator[None]:
     """Keep a second process out of the folder. The lock dies with its owner.
 
     Raises UserError if another process holds it.
     """
+    while (handle := _locked(run_dir)) is None:
+        pass
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        handle = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UserError(
-            f"runs.dir must be a folder that can be written, got {str(run_dir.parent)!r} ({error.strerror})"
-        ) from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(handle, 64, 0).decode(errors="replace").strip() or "unknown"
-            raise UserError(
-                f"run.name: {run_dir} is in use by process {owner}; wait for it, or give this run another run.name"
-            ) from None
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)
         yield
     finally:
         os.close(handle)
+
+
+def _locked(run_dir: Path) -> int | None:
+    """The lock's file, open and locked; None where it was taken away in this moment."""
+    path = run_dir / ".lock"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(
+            f"runs.dir must be a folder that can be written, got {str(run_dir.parent)!r} ({error.strerror})"
+        ) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.pread(handle, 64, 0).decode(errors="replace").strip() or "unknown"
+        os.close(handle)
+        raise UserError(
+            f"run.name: {run_dir} is in use by process {owner}; wait for it, or give this run another run.name"
+        ) from None
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(handle), path.stat()):
+            return handle
+    os.close(handle)
+    return None
 
 
 def is_run(path: Path) -> bool:
@@ -229,7 +285,12 @@ def open_run(path: str | Path, key: str) -> Path:
 
     Raises UserError if it is not a run.
     """
-    folder = Path(path).expanduser().resolve()
+    if is_uri(str(path)):
+        from potstill.replica import fetch_run
+
+        folder = fetch_run(str(path), key)
+    else:
+        folder = (home() / Path(path).expanduser()).resolve()
     if is_run(folder):
         return folder
     if not folder.exists():
@@ -281,40 +342,68 @@ def save_checkpoint(
     meta: dict[str, Any],
     files: dict[str, bytes] | None = None,
 ) -> Checkpoint:
+    """`write_checkpoint` of tensors that are here."""
+    return write_checkpoint(run_dir, step, packed(model_state, state, files), meta)
+
+
+def packed(
+    model_state: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    files: dict[str, bytes] | None = None,
+) -> dict[str, bytes]:
+    """A checkpoint's files but for meta.json, by name."""
+    import torch
+    from safetensors.torch import save
+
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    on_cpu = {k: v.detach().cpu().contiguous() for k, v in model_state.items()}
+    return {"model.safetensors": save(on_cpu), "state.pt": buffer.getvalue(), **(files or {})}
+
+
+def write_checkpoint(
+    run_dir: Path, step: int, contents: dict[str, bytes], meta: dict[str, Any]
+) -> Checkpoint:
     """Write a checkpoint beside its name, sync it, rename it. meta.json, written last, commits it.
 
     `meta["best"]` names the best checkpoint so far (maybe this one): together with the two newest it is
     what `prune_checkpoints` keeps.
     """
-    import torch
-    from safetensors.torch import save
-
     folder = run_dir / "checkpoints" / checkpoint_name(step)
     if folder.exists():
         if (found := _valid(folder)) and found.meta.get("epoch_done") == meta.get("epoch_done"):
             return found  # an orphan of an earlier attempt has just written the same step
         shutil.rmtree(folder)
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     beside.mkdir(parents=True)
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    contents = {
-        "model.safetensors": save(
-            {k: v.detach().cpu().contiguous() for k, v in model_state.items()}
-        ),
-        "state.pt": buffer.getvalue(),
-        **(files or {}),
-    }
-    sums = {}
-    for name, content in contents.items():
-        atomic_write(beside / name, content)
-        sums[name] = hashlib.sha256(content).hexdigest()
-    meta = {**meta, "step": step, "time": time.time(), "sha256": sums}
-    write_json(beside / "meta.json", meta)
+    try:
+        sums = {}
+        for name, content in contents.items():
+            atomic_write(beside / name, content)
+            sums[name] = hashlib.sha256(content).hexdigest()
+        meta = {**meta, "step": step, "time": time.time(), "sha256": sums}
+        write_json(beside / "meta.json", meta)
+    except OSError:  # on a full disk the journal wants the room, to say so
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
     os.replace(beside, folder)
     _sync_folder(folder.parent)
     return Checkpoint(folder, meta)
+
+
+def keep_checkpoint(
+    run_dir: Path, step: int, contents: dict[str, bytes], meta: dict[str, Any]
+) -> Checkpoint:
+    """Write a checkpoint, and remove those that it makes needless. Raises RunFailed where it cannot be written."""
+    try:
+        kept = write_checkpoint(run_dir, step, contents, meta)
+    except OSError as error:
+        raise RunFailed(
+            f"runs.dir: the checkpoint of step {step} could not be written to {run_dir} "
+            f"({error.strerror}); make room there, and the same command goes on from the one before"
+        ) from None
+    prune_checkpoints(run_dir, kept)
+    return kept
 
 
 def _valid(folder: Path) -> Checkpoint | None:

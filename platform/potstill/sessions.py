@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from potstill import runs
 from potstill.errors import RunFailed
-from potstill.runs import Checkpoint
+from potstill.runs import Checkpoint, RunFolder
 
 if TYPE_CHECKING:
     from potstill.loop import Snapshot
@@ -17,10 +17,18 @@ FLUSH_S = 0.5
 
 
 class JournalSession:
-    """`loop.Session` of one process; what has others to agree with, or to tell, overrides `_write`, `_told`, `preempted`."""
+    """`loop.Session` of one process; what has others to agree with, or to tell, overrides `_write`, `_told`, `asked`."""
 
-    def __init__(self, run_dir: Path, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        rank: int = 0,
+        world_size: int = 1,
+        folder: RunFolder | None = None,
+    ) -> None:
+        """`folder`: how the run's folder is reached; by default it is seen from here."""
         self.run_dir, self.rank, self.world_size = run_dir, rank, world_size
+        self.folder = folder or RunFolder(run_dir)
         self.attempt, self.step = 1, 0
         self._records: list[dict[str, Any]] = []
         self._flushed = time.monotonic()
@@ -42,10 +50,10 @@ class JournalSession:
         self._told({k: v for k, v in metrics.items() if isinstance(v, int | float)}, kept)
 
     def resume_from(self) -> tuple[Checkpoint | None, list[str]]:
-        return runs.newest_checkpoint(self.run_dir)
+        return self.folder.newest()
 
-    def preempted(self) -> bool:
-        return False
+    def asked(self) -> str:
+        return ""
 
     # ----------------------------------------------------------------------------------- its owner's
     def end(self, status: str, reason: str, best: dict[str, Any] | None) -> None:
@@ -63,30 +71,28 @@ class JournalSession:
         self.flush()
 
     def flush(self) -> None:
+        """Raises RunFailed where the journal cannot be written."""
         if self._records:
-            self._write(self._records)
+            try:
+                self._write(self._records)
+            except OSError as error:
+                raise RunFailed(
+                    f"runs.dir: the journal of {self.run_dir} could not be written ({error.strerror}); make room there, and "
+                    "the same command goes on from the last checkpoint"
+                ) from None
         self._records, self._flushed = [], time.monotonic()
 
     # -------------------------------------------------------------------------------------- within
     def _write(self, records: list[dict[str, Any]]) -> None:
-        runs.append_records(self.run_dir, records)
+        self.folder.append(records)
 
     def _told(self, metrics: dict[str, Any], kept: Checkpoint | None) -> None:
         """A checkpoint was kept, by rank 0; every rank is here."""
 
     def _keep(self, snapshot: Snapshot) -> Checkpoint:
         s = snapshot
-        try:
-            kept = runs.save_checkpoint(
-                self.run_dir, s.step, s.model_state, s.state, s.meta, s.files
-            )
-        except OSError as error:
-            raise RunFailed(
-                f"runs.dir: the checkpoint of step {s.step} could not be written to {self.run_dir} "
-                f"({error.strerror}); make room there, and the same command goes on from the one before"
-            ) from None
-        runs.prune_checkpoints(self.run_dir, kept)
-        return kept
+        contents = runs.packed(s.model_state, s.state, s.files)
+        return self.folder.keep(s.step, contents, s.meta)
 
     def _record(self, kind: str, **values: Any) -> dict[str, Any]:
         about = {"kind": kind, "attempt": self.attempt, "step": self.step, "time": time.time()}

@@ -22,6 +22,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import shutil
 import sys
 import time
@@ -51,11 +52,15 @@ from potstill.data.store import SPACE_MARGIN
 from potstill.errors import UserError
 from potstill.models.published import weights_file
 from potstill.registry import load_plugins
+from potstill.replica import with_local_runs
 from potstill.runs import atomic_write, file_sha256, read_json, write_json
+from potstill.storage import is_uri, local_folder
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from potstill.handover import Mark
 
 FORMAT = 1
 SHARD_BYTES = 32 * 1024**2
@@ -243,6 +248,7 @@ def soft_labels(config: Config) -> Path:
     config = copy.deepcopy(config)
     config.teacher.soft_labels = None
     _resolve_paths(config)
+    config = with_local_runs(config)
     refuse_recipe(config)
     if not (teachers := _teachers_of(config)):
         raise UserError(
@@ -256,7 +262,11 @@ def soft_labels(config: Config) -> Path:
         )
     plan = check(config.data, config.cache)
     about = _about(config, plan.key, plan.rows.classes, teachers, outputs)
-    folder = Path(config.soft_labels.dir).expanduser().absolute() / _key(about)
+    if is_uri(config.soft_labels.dir):
+        raise UserError(
+            f"soft_labels.dir must be a folder, got {config.soft_labels.dir!r}; nodes that do not see it are sent what they need"
+        )
+    folder = local_folder(config.soft_labels.dir, "soft_labels.dir") / _key(about)
     with _lock(folder):
         if _is_finished(folder, config.cache.verify):
             console.say(f"Soft labels are there already: {folder}")
@@ -468,17 +478,29 @@ def _run(
     config: Config, job: dict[str, Any], shards: list[tuple[str, int, int]]
 ) -> Iterator[dict[str, Any]]:
     """Write shards on every GPU, or else on all cores; their descriptions, in the order in which they are done."""
-    from potstill.cluster import quiet_ray_data, start_ray
+    from potstill.cluster import (
+        alive_nodes,
+        has_roles,
+        quiet_ray_data,
+        said_while_waiting,
+        selector,
+        shown,
+        start_ray,
+    )
+    from potstill.handover import Desk, marked, open_desk, taken
 
     ours = start_ray()  # before ray is imported: it reads its environment then
     import ray
     import ray.data
 
+    folder, desk = Path(job["folder"]), None
     try:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = [node["Resources"] for node in alive_nodes()]
         gpus = 0
         if config.scaling.use_gpu is not False:
             gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+            if has_roles():  # more may come when they are asked for
+                gpus = max(gpus, config.scaling.num_workers, 1)
         if config.scaling.use_gpu and not gpus:
             raise UserError(
                 "scaling.use_gpu must be false or null on a machine without a GPU, got true"
@@ -488,8 +510,16 @@ def _run(
         cpus = max(1, min(sum(cores) // workers, *cores))
         job = {**job, "use_gpu": gpus > 0, "cpus": cpus, "path": sys.path}
         items = [{"name": name, "first": first, "end": end} for name, first, end in shards]
-        given: dict[str, Any] = {"fn_kwargs": {"job": json.dumps(job)}, "num_cpus": cpus}
-        with quiet_ray_data():
+        desk = open_desk(Desk)
+        role, began = "train" if gpus else "data", []
+        what = f"the first shard of soft labels{shown(selector(role, config.scaling.labels))}"
+        with (
+            quiet_ray_data(role, config.scaling.labels),
+            marked(folder) as mark,
+            said_while_waiting(what, lambda: bool(began)),
+        ):
+            about = {"job": json.dumps(job), "mark": mark, "desk": desk}
+            given: dict[str, Any] = {"fn_kwargs": about, "num_cpus": cpus}
             dataset = ray.data.from_items(items, override_num_blocks=len(items))
             if gpus:
                 # a task's process may be given another GPU the next time, an actor keeps its own
@@ -500,27 +530,37 @@ def _run(
             work: Any = _Actor if gpus else _write_row
             dataset = dataset.map(work, **given)
             for row in dataset.iter_rows():
+                began.append(True)
                 description = json.loads(row["description"])
                 if message := description.get("error"):
                     raise UserError(message)
+                taken(folder, pickle.loads(row["files"]))
                 yield description
     finally:
+        if desk is not None:
+            ray.kill(desk)
         if ours:  # training in this process wants the memory and the cores
             ray.shutdown()
 
 
 class _Actor:
-    def __call__(self, row: dict[str, Any], job: str) -> dict[str, Any]:
-        return _write_row(row, job)
+    def __call__(self, row: dict[str, Any], **about: Any) -> dict[str, Any]:
+        return _write_row(row, **about)
 
 
-def _write_row(row: dict[str, Any], job: str) -> dict[str, Any]:
+def _write_row(row: dict[str, Any], job: str, mark: Mark, desk: Any) -> dict[str, Any]:
     """What a Ray Data task does. A mistake of the user's comes back as a message: Ray would wrap it in a traceback."""
+    from potstill.handover import made
+
+    files: dict[str, bytes] = {}
     try:
-        description = _writer(job).write(row["name"], int(row["first"]), int(row["end"]))
+        writer = _writer(job)
+        writer.bring_from = None if mark.seen() else desk
+        part = row["name"], int(row["first"]), int(row["end"])
+        description, files = made(mark, lambda folder: writer.write(folder, *part))
     except UserError as error:
         description = {"error": str(error)}
-    return {"description": json.dumps(description)}
+    return {"description": json.dumps(description), "files": pickle.dumps(files)}
 
 
 @lru_cache(maxsize=1)
@@ -534,6 +574,8 @@ class _Writer:
 
     def __init__(self, job: str) -> None:
         self.job = json.loads(job)
+        self.bring_from: Any = None
+        """The desk of the driver's node, where its folders are not seen from here."""
         # a plug-in is imported by its name
         sys.path.extend(p for p in self.job["path"] if p not in sys.path)
 
@@ -546,15 +588,21 @@ class _Writer:
         prepare_process(self.job["cpus"])
         config = from_dict(Config, self.job["config"])
         load_plugins(config.plugins)
-        device = torch.device("cuda" if self.job["use_gpu"] else "cpu")
+        on_gpu = self.job["use_gpu"] and not config.scaling.rehearse
+        device = torch.device("cuda" if on_gpu else "cpu")
+        cache_dir = Path(self.job["cache_dir"])
+        if self.bring_from is not None:
+            from potstill.handover import brought
+
+            cache_dir = brought(config, cache_dir, self.bring_from)
         cache = open_cache(
-            Path(self.job["cache_dir"]),
+            cache_dir,
             local_dir=config.cache.local_dir,
             max_gb=config.cache.max_gb,
         )
         return config, cache, device, build_teachers(config, cache.classes, device)
 
-    def write(self, name: str, first: int, end: int) -> dict[str, Any]:
+    def write(self, folder: Path, name: str, first: int, end: int) -> dict[str, Any]:
         """Compute rows `first` to `end` and write them, with a sidecar. Returns the sidecar's content."""
         import torch
 
@@ -580,7 +628,6 @@ class _Writer:
                 for column, about in columns.items():
                     for field, packed in _packed(column, found[column], about["top_k"]).items():
                         values[field][rows - first, view] = packed.cpu().numpy()
-        folder = Path(self.job["folder"])
         ids = reader.ids[first:end]
         description = {
             "format": FORMAT,

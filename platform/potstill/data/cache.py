@@ -29,6 +29,7 @@ from potstill.config import Decode
 from potstill.data.store import LocalCopies
 from potstill.errors import UserError
 from potstill.runs import file_sha256, read_json
+from potstill.storage import local_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -175,7 +176,9 @@ class Cache:
         self._reopened_with = (False, local_dir, max_gb)
         self._copies = None
         if local_dir is not None:
-            self._copies = LocalCopies(folder, Path(local_dir).expanduser().absolute(), max_gb)
+            self._copies = LocalCopies(
+                folder, local_folder(str(local_dir), "cache.local_dir"), max_gb
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_cache, (self.folder, *self._reopened_with)

@@ -10,6 +10,7 @@ import numpy as np
 
 from potstill.errors import UserError
 from potstill.runs import atomic_write
+from potstill.storage import local_folder
 
 if TYPE_CHECKING:
     from potstill.config import Data
@@ -26,7 +27,7 @@ def list_digits(data: Data) -> Listing:
         raise UserError(
             f"data.root must be a folder that the digits can be written to, got {data.root}; such as data.root=data/digits"
         )
-    write_digits(Path(data.root).expanduser())
+    write_digits(local_folder(data.root, "data.root"))
     return list_folder(data)
 
 

@@ -36,6 +36,7 @@ from potstill.data.folder import tree
 from potstill.data.images import BadImage, decode_image, decode_with_size
 from potstill.data.sources import ALIASES, SPLITS, printable
 from potstill.errors import UserError
+from potstill.storage import is_uri, local_folder
 
 CLASSES = ("0_real", "1_fake")
 HELD_OUT = 0.15
@@ -97,7 +98,9 @@ def make_fakes(
         raise UserError(f"px must be even, as a fake is halved and doubled again, got {px}")
     if generator not in config.GENERATORS:
         raise UserError(f"generator must be {' | '.join(config.GENERATORS)}, got {generator!r}")
-    root, output = locate(str(images), "images"), Path(output).expanduser().absolute()
+    if is_uri(str(output)):
+        raise UserError(f"output must be a folder of this machine, got {output}")
+    root, output = locate(str(images), "images"), local_folder(str(output), "output")
     found, ignored, fingerprint = _listed(root, output)
     settings = {
         "generator": generator,
@@ -153,8 +156,8 @@ def make_fakes_shown(made: config.MakeFakesConfig) -> Path:
     """As make_fakes, of a config; with a progress bar, and a table of what there is then."""
     if made.images is None:
         raise UserError("images must be a folder of images, got null; set images=<folder>")
-    output = Path(made.output or f"data/fakes/{made.generator}").expanduser()
-    there = (output / "fakes.json").exists()
+    output = made.output or f"data/fakes/{made.generator}"
+    there = not is_uri(output) and (local_folder(output) / "fakes.json").exists()
     bar = nullcontext() if there else console.progress("Making crops", made.max_images)
     with bar as update:
         folder = make_fakes(

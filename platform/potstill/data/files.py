@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from potstill.data.images import BadImage
 from potstill.errors import UserError
+from potstill.storage import home
 
 if TYPE_CHECKING:
     from potstill.data.sources import Entry
@@ -139,7 +140,7 @@ def locate(text: str, key: str) -> Place:
     """
     found = _SCHEME.match(text)
     if found is None:
-        return Place("", str(Path(text).expanduser().absolute()))
+        return Place("", str(home() / Path(text).expanduser()))
     scheme, rest = found[1].lower(), text[found.end() :]
     if scheme == "file":
         path = urllib.request.url2pathname(rest.removeprefix("localhost"))

@@ -1,7 +1,8 @@
 """Source -> checked, decoded, sharded cache, with a quarantine and a report. Ray Data does the work.
 
 One item of the dataset is the plan of one shard. The task that gets it reads, decodes and writes that
-shard, and returns only its description: pixels do not travel through the object store. A shard's plan
+shard, and returns only its description: pixels do not travel through the object store, unless its node does not see
+the cache folder. A shard's plan
 depends on the source and the decode spec alone, so that a build that was interrupted goes on with what is
 there, on any number of cores.
 """
@@ -39,7 +40,7 @@ from potstill.data.cache import (
     shard_fault,
     write_shard,
 )
-from potstill.data.files import REQUESTS_AT_ONCE
+from potstill.data.files import REQUESTS_AT_ONCE, explained
 from potstill.data.sources import (
     SPLITS,
     UNLABELED,
@@ -50,12 +51,15 @@ from potstill.data.sources import (
     printable,
 )
 from potstill.errors import UserError
+from potstill.replica import replica_of
 from potstill.runs import atomic_write, read_json, write_json
+from potstill.storage import local_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from potstill import config
+    from potstill.handover import Mark
 
 SHARD_BYTES = (
     32 * 1024**2
@@ -135,7 +139,7 @@ def check(
     Raises UserError.
     """
     rows = list_rows(data, for_training)
-    root = Path(cache.dir).expanduser().absolute()
+    root = local_folder(cache.dir, "cache.dir")
     _refuse_cache_dir(root, rows.walked)
     _refuse_local_dir(root, cache.local_dir)
     key = fingerprint(rows, data.decode)
@@ -203,8 +207,11 @@ def _prepare(
                 continue
             room = None if reused else _take_room(plan, cache, lock)
             if room is None or room.fits:
-                if not reused:
+                fetched = not reused and _fetched(plan, cache)
+                if not reused and not fetched:
                     _build(plan, data, cache, progress, for_training, lock)
+                if not fetched:
+                    _send(plan, cache, anew=not reused)
                 report = read_json(plan.folder / "report.json")
                 _refuse_unusable(report, plan.folder, data.max_bad_fraction, for_training)
                 stack.enter_context(store.hold(plan.folder, user))
@@ -213,6 +220,33 @@ def _prepare(
         if not room.could_fit:
             _refuse_space([(plan, room)], cache)
         waiting = _wait(plan, room, cache, waiting)
+
+
+def _fetched(plan: Plan, cache: config.Cache) -> bool:
+    """Bring here the set that cache.dir's object store has, where it is one that has it."""
+    replica = replica_of(plan.folder, cache.dir, "cache.dir")
+    if replica is None:
+        return False
+    with explained(replica.place, "cache.dir"):
+        if replica.place.join("manifest.json").stat() is None:
+            return False
+        with _said_when_full(plan.folder):
+            replica.pull()
+    if _is_ready(plan, verify=True):
+        return True
+    for shard in plan.shards:  # what is damaged there is built again, and the rest is kept
+        if _kept(plan.folder, plan.rows, shard, verify=True) is None:
+            for name in (shard.file, shard.sidecar, "manifest.json"):
+                (plan.folder / name).unlink(missing_ok=True)
+    return False
+
+
+def _send(plan: Plan, cache: config.Cache, anew: bool) -> None:
+    """Let the store have the set, where it lacks it; `anew`: whatever it has of it."""
+    if replica := replica_of(plan.folder, cache.dir, "cache.dir"):
+        with explained(replica.place, "cache.dir"):
+            if anew or replica.place.join("manifest.json").stat() is None:
+                replica.push(anew)
 
 
 def prepare_shown(data: config.Data, cache: config.Cache, for_training: bool = True) -> Prepared:
@@ -361,7 +395,7 @@ def _existing(folder: Path) -> Path:
 def _refuse_local_dir(root: Path, local_dir: str | None) -> None:
     if local_dir is None:
         return
-    local = Path(local_dir).expanduser().absolute()
+    local = local_folder(local_dir, "cache.local_dir")
     if local.resolve() == root.resolve():
         raise UserError(
             f"cache.local_dir must be another folder than cache.dir, got {local_dir!r} for both; it is for copies on this "
@@ -595,26 +629,41 @@ def _run(plan: Plan, shards: list[Shard]) -> Iterator[dict[str, Any]]:
     """Build shards on all cores; their descriptions, in the order in which they are done."""
     at = np.concatenate([s.rows for s in shards])
     with ExitStack() as stack:
-        with _said_when_full(plan.folder):
-            rows = stack.enter_context(plan.rows.staged(plan.folder, at))
+        rows = plan.rows
+        if not os.environ.get(
+            "RAY_ADDRESS"
+        ):  # other nodes might not see what is staged; they read in place
+            with _said_when_full(plan.folder):
+                rows = stack.enter_context(rows.staged(plan.folder, at))
         yield from _run_tasks(plan, rows, shards)
 
 
 def _run_tasks(plan: Plan, rows: Rows, shards: list[Shard]) -> Iterator[dict[str, Any]]:
-    from potstill.cluster import quiet_ray_data, start_ray
+    from potstill.cluster import quiet_ray_data, said_while_waiting, selector, shown, start_ray
+    from potstill.handover import marked, taken
 
     ours = start_ray()  # before ray is imported: it reads its environment then
     import ray.data
 
     try:
-        with quiet_ray_data():
+        began: list[bool] = []
+        with ExitStack() as stack:
+            stack.enter_context(quiet_ray_data())
+            mark = stack.enter_context(marked(plan.folder))
+            what = f"the first shard{shown(selector('data'))}"
+            stack.enter_context(said_while_waiting(what, lambda: bool(began)))
             path = json.dumps(sys.path)
-            items = [{"job": pickle.dumps(_job(plan, rows, s)), "sys_path": path} for s in shards]
+            items = [
+                {"job": pickle.dumps(_job(plan, rows, s, mark)), "sys_path": path} for s in shards
+            ]
             dataset = ray.data.from_items(items, override_num_blocks=len(items))
             for row in dataset.map(_run_job).iter_rows():
+                began.append(True)
                 description = json.loads(row["description"])
                 if message := description.get("error"):
                     raise UserError(message)
+                with _said_when_full(plan.folder):
+                    taken(plan.folder, pickle.loads(row["files"]))
                 yield description
     finally:
         if ours:  # training in this process wants the memory and the cores
@@ -626,32 +675,50 @@ def _run_tasks(plan: Plan, rows: Rows, shards: list[Shard]) -> Iterator[dict[str
 class _Job:
     name: str
     split: str
-    folder: Path
+    mark: Mark
+    """Of the set's folder."""
     decode: config.Decode
     rows: Rows
     """Those of this shard."""
     jpeg_quality: int | None
 
 
-def _job(plan: Plan, rows: Rows, shard: Shard) -> _Job:
+def _job(plan: Plan, rows: Rows, shard: Shard, mark: Mark) -> _Job:
     part = rows.part(shard.rows)
-    return _Job(shard.name, shard.split, plan.folder, plan.decode, part, plan.jpeg_quality)
+    return _Job(shard.name, shard.split, mark, plan.decode, part, plan.jpeg_quality)
 
 
 def _run_job(row: dict[str, Any]) -> dict[str, Any]:
     """What a Ray Data task does. A mistake of the user's comes back as a message: Ray would wrap it in a traceback."""
     # a plug-in's reader is imported when the job is unpickled
     sys.path.extend(p for p in json.loads(row["sys_path"]) if p not in sys.path)
+    from potstill.handover import made
+
+    job: _Job = pickle.loads(row["job"])
+    files: dict[str, bytes] = {}
     try:
-        description = _build_shard(pickle.loads(row["job"]))
+        description, files = made(job.mark, partial(_build_shard, job))
+        if description["unopened"] == description["planned"] and not job.mark.seen():
+            root = str(job.rows.root)
+            description = {
+                "error": f"data.root must be seen by every node that takes data jobs, got {root!r}, of which "
+                f"{os.uname().nodename} can open no file; use storage that all nodes see, or a URI (s3://, gs://)"
+            }
+            files = {}
     except UserError as error:
         description = {"error": str(error)}
-    return {"description": json.dumps(description)}
+    return {"description": json.dumps(description), "files": pickle.dumps(files)}
 
 
-def _build_shard(job: _Job) -> dict[str, Any]:
+def _build_shard(job: _Job, folder: Path) -> dict[str, Any]:
     """Read, decode, write a shard and its sidecar. Returns the sidecar's content."""
-    px, rows = job.decode.image_px, job.rows
+    # what could not be staged for all nodes is for this one
+    with job.rows.staged(folder, np.arange(len(job.rows))) as rows:
+        return _decode_shard(job, rows, folder)
+
+
+def _decode_shard(job: _Job, rows: Rows, folder: Path) -> dict[str, Any]:
+    px = job.decode.image_px
     pixels = np.empty((len(rows), px, px, 3), np.uint8)
     good: list[int] = []
     hashes: list[bytes] = []
@@ -693,8 +760,8 @@ def _build_shard(job: _Job) -> dict[str, Any]:
         }
         if rows.labels is not None:
             columns["labels"] = [rows.labels[i] for i in good]
-        with _said_when_full(job.folder):
-            written = write_shard(job.folder, f"{job.name}.arrow", columns, job.jpeg_quality)
+        with _said_when_full(folder):
+            written = write_shard(folder, f"{job.name}.arrow", columns, job.jpeg_quality)
     description = {
         "format": FORMAT,
         "name": job.name,
@@ -705,7 +772,7 @@ def _build_shard(job: _Job) -> dict[str, Any]:
         **written,
         "quarantined": quarantined,
     }
-    atomic_write(job.folder / f"{job.name}.json", json.dumps(description))
+    atomic_write(folder / f"{job.name}.json", json.dumps(description))
     return description
 
 
