@@ -115,7 +115,7 @@ def make_run(
     """A run with these records; with the checkpoint of its first epoch, where `guesses` are given for it."""
     classes = classes or ["robur", "rubra", "ilex <i>", "suber"]
     run_dir = root / name
-    run_dir.mkdir(parents=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
     runs.atomic_write(
         run_dir / "config.yaml",
         "model: {name: resnet18}\noptimizer:\n  lr: 0.003\nstages: []\nplugins: null\n",

@@ -130,6 +130,35 @@ def test_the_end_names_reason_and_best():
     )
 
 
+def test_a_log_hears_every_minute_how_far_things_are(monkeypatch):
+    """As `ray job logs` shows it: an epoch, or a set, may take hours."""
+    from potstill import console as module
+
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    log = plain()
+    printer = EpochPrinter("oaks", log)
+    printer.handle(attempt(epochs=15, steps_per_epoch=5004))
+    for at in range(20, 420, 20):
+        now[0] += 6.0
+        printer.handle(
+            {**step(at), "epoch": 3, "epoch_step": at, "loss": 1.25, "images_per_s": 853.0}
+        )
+    assert text(log).splitlines()[1:] == [
+        "Epoch 3/15: update 200 of 5,004, loss 1.2500, 853 img/s, 24 min 01 s left",
+        "Epoch 3/15: update 400 of 5,004, loss 1.2500, 853 img/s, 23 min 01 s left",
+    ]
+    log = plain()
+    with progress("Preparing images", 1000, log) as update:
+        for done in (500, 600, 700):  # a half stood there
+            update(done)
+            now[0] += 40.0
+    assert text(log).splitlines() == [
+        "Preparing images: 700 of 1,000, 2 min 00 s left",
+        "Preparing images: 700 in 2 min 00 s",
+    ]
+
+
 def test_a_terminal_has_a_bar_that_gives_way_to_the_epochs_lines():
     console = terminal()
     printer = EpochPrinter("oaks", console)

@@ -67,8 +67,8 @@ class Memory:
     def resume_from(self) -> tuple[None, list[str]]:
         return None, []
 
-    def preempted(self) -> bool:
-        return False
+    def asked(self) -> str:
+        return ""
 
 
 @pytest.fixture(scope="module")

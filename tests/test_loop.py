@@ -68,10 +68,15 @@ class LocalSession:
     rank, world_size = 0, 1
 
     def __init__(
-        self, run_dir: Path, stop_at: int | None = None, die_at: int | None = None
+        self,
+        run_dir: Path,
+        stop_at: int | None = None,
+        die_at: int | None = None,
+        save_at: int | None = None,
     ) -> None:
         run_dir.mkdir(exist_ok=True)
         self.run_dir, self.stop_at, self.die_at, self.step = run_dir, stop_at, die_at, 0
+        self.save_at = save_at
 
     def log(self, record):
         runs.append_records(self.run_dir, [record])
@@ -92,9 +97,11 @@ class LocalSession:
     def resume_from(self):
         return runs.newest_checkpoint(self.run_dir)
 
-    def preempted(self):
+    def asked(self):
         self.step += 1
-        return self.stop_at is not None and self.step >= self.stop_at
+        if self.step == self.save_at:
+            return "save"
+        return "stop" if self.stop_at is not None and self.step >= self.stop_at else ""
 
 
 TERMS = {"task": {"loss": "cross_entropy", "inputs": ["logits", "label"], "weight": 1.0}}
@@ -297,6 +304,15 @@ def test_stopping_saves_at_once_and_goes_on(tmp_path, stop_at):
     with pytest.raises(Stopped, match=f"stopped at step {stop_at} and saved"):
         run(tmp_path / "r", session=session, net=_seeded(), log_every_steps=2)
     run(tmp_path / "r", net=_seeded(), log_every_steps=2)
+    run(tmp_path / "whole", net=_seeded())
+    assert same(weights(tmp_path / "r"), weights(tmp_path / "whole"))
+
+
+def test_a_warning_saves_within_the_epoch_and_changes_nothing_else(tmp_path):
+    session = LocalSession(tmp_path / "r", save_at=6)
+    run(tmp_path / "r", session=session, net=_seeded())
+    saved = [(r["step"], r["epoch_done"]) for r in records(tmp_path / "r", "checkpoint")]
+    assert (6, False) in saved
     run(tmp_path / "whole", net=_seeded())
     assert same(weights(tmp_path / "r"), weights(tmp_path / "whole"))
 

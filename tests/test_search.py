@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import itertools
 import json
 import math
 import os
@@ -10,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -317,7 +320,8 @@ def test_a_population_goes_on_from_the_better_ones_weights(config):
     }
     chosen = config(about, "loop.epochs=4", "schedule=constant", "optimizer.name=sgd")
     folder = folder_of(chosen)
-    summary = tune(chosen)
+    with keeping(folder / "trials", "*/checkpoints/step-*", "*/donated/*/step-*") as keep:
+        summary = tune(chosen)
     assert (summary["trials"], summary["failed"]) == (4, 0)
     exploits = [r for r in journal(folder) if r["kind"] == "exploit"]
     assert exploits, "the slow ones must have gone on from others"
@@ -327,7 +331,7 @@ def test_a_population_goes_on_from_the_better_ones_weights(config):
         assert point["optimizer.lr"] != donor["optimizer.lr"]
         assert point["model.channels"] == donor["model.channels"], "weights must fit"
         points[record["number"]] = point
-    trained = compared = 0
+    trained = 0
     for number in sorted({r["number"] for r in exploits}):
         run_dir = folder / "trials" / trial_name(number)
         ours = [r for r in exploits if r["number"] == number]
@@ -343,27 +347,64 @@ def test_a_population_goes_on_from_the_better_ones_weights(config):
             # nothing is left to train after the donor's last epoch
             assert rates == ({record["point"]["optimizer.lr"]} if note["step"] < 8 else set())
             trained += bool(rates)
-            kept = run_dir / "checkpoints" / runs.checkpoint_name(note["step"])
-            if record is not ours[-1] or not kept.exists():
-                continue  # older ones are pruned
-            compared += 1
-            adopted = runs.load_checkpoint(kept)
-            assert adopted.meta["adopted"] == name
-            weights = adopted.model_state()
-            donors = (folder / "trials" / name / "donated").glob(f"*/{kept.name}")
-            states = [runs.load_checkpoint(d).model_state() for d in donors]
-            assert any(all(torch.equal(s[k], v) for k, v in weights.items()) for s in states)
-            newest, _ = runs.newest_checkpoint(run_dir)
-            assert newest is not None
-            assert newest.step == 8
-            same = torch.equal(newest.model_state()["fc.weight"], weights["fc.weight"])
-            assert same == (note["step"] == 8)
+            step = runs.checkpoint_name(note["step"])
+            adopted = [
+                c.model_state()
+                for c in keep(f"{run_dir.name}/checkpoints/{step}")
+                if c.meta.get("adopted") == name
+            ]
+            donated = [c.model_state() for c in keep(f"{name}/donated/*/{step}")]
+            assert adopted
+            assert any(same_weights(a, d) for a in adopted for d in donated)
+            if note is notes[-1]:
+                newest, _ = runs.newest_checkpoint(run_dir)
+                assert newest is not None
+                assert newest.step == 8
+                unchanged = any(same_weights(newest.model_state(), a) for a in adopted)
+                assert unchanged == (note["step"] == 8)
         last = load_run_config(run_dir)
         assert last.optimizer.lr == ours[-1]["point"]["optimizer.lr"]
         assert last.model["channels"] == ours[-1]["point"]["model.channels"]
         assert Ledger.read(folder).trials[number].point == ours[-1]["point"]
     assert trained
-    assert compared
+
+
+def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[k], v) for k, v in other.items())
+
+
+@contextlib.contextmanager
+def keeping(folder: Path, *patterns: str) -> Iterator[Callable[[str], list[runs.Checkpoint]]]:
+    """A second name for every checkpoint that ever stood there, as older ones are pruned.
+
+    What is yielded takes a pattern, and returns all that has stood at such a place.
+    """
+    aside, done, numbers = folder.parent / "kept", threading.Event(), itertools.count()
+    seen: dict[tuple[str, int], Path] = {}  # by the inode of meta.json, too: a step may come again
+
+    def look() -> None:
+        for found in (f for p in patterns for f in folder.glob(f"{p}/meta.json")):
+            with suppress(OSError):  # pruned in this moment
+                place = str(found.parent.relative_to(folder)), found.stat().st_ino
+                if place not in seen:
+                    copy = aside / str(next(numbers)) / found.parent.name
+                    seen[place] = shutil.copytree(found.parent, copy, copy_function=os.link)
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            look()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield lambda pattern: [
+            runs.load_checkpoint(copy)
+            for (place, _), copy in seen.items()
+            if Path(place).match(pattern)
+        ]
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_a_trial_that_comes_by_a_step_again_donates_what_it_is_now(tmp_path, monkeypatch):
@@ -376,7 +417,7 @@ def test_a_trial_that_comes_by_a_step_again_donates_what_it_is_now(tmp_path, mon
         weights = {"w": torch.full((2,), value)}
         meta = {"epoch": step, "epoch_done": True, "best": None}
         kept = runs.save_checkpoint(tmp_path, step, weights, {"progress": progress}, meta)
-        folder = search_tune._donated(tmp_path, kept, attempt)
+        folder = search_tune._TrialFolder(tmp_path).donated(kept, attempt)
         assert folder.name == kept.folder.name
         return float(runs.load_checkpoint(folder).model_state()["w"][0])
 
@@ -689,3 +730,39 @@ def test_a_trial_of_two_workers_reports_every_epoch(config):
     records = journal(folder / "trials" / "trial-0000")
     assert [r["world_size"] for r in records if r["kind"] == "attempt"] == [2]
     assert epochs_in(folder / "trials" / "trial-0000") == [1, 2]
+
+
+def test_trials_on_nodes_that_do_not_see_the_runs(config, monkeypatch, tmp_path):
+    """As on hosts with disks of their own: all that a trial writes goes by the driver's node, and comes back from it."""
+    from potstill import search_tune
+    from potstill.handover import Mark
+
+    about = {"space": {"optimizer.lr": [1e-3, 1e-2]}, "num_samples": 2}
+    near, far = config(about, "run.name=near"), config(about, "run.name=far")
+    tune(near)
+    unseen = contextlib.nullcontext(Mark("nowhere", ".seen"))
+    monkeypatch.setattr(search_tune, "marked", lambda _: unseen)
+    summary = tune(far)
+    assert (summary["trials"], summary["failed"]) == (2, 0)
+    told = [
+        [runs.history(journal(folder_of(c) / "trials" / trial_name(n))) for n in range(2)]
+        for c in (near, far)
+    ]
+    assert told[0] == told[1]
+    kept, _ = runs.newest_checkpoint(folder_of(far) / "trials" / trial_name(1))
+    assert kept is not None
+
+
+def test_a_population_whose_members_do_not_see_the_runs_is_refused(config, monkeypatch):
+    """Tune itself wants the weights that trials exchange where all nodes see them."""
+    from potstill import search_tune
+    from potstill.handover import Mark
+
+    unseen = contextlib.nullcontext(Mark("nowhere", ".seen"))
+    monkeypatch.setattr(search_tune, "marked", lambda _: unseen)
+    rates = {"optimizer.lr": {"min": 1e-4, "max": 1e-1, "log": True}}
+    chosen = config({"space": rates, "num_samples": 2, "scheduler": "pbt"}, "run.name=unseen")
+    assert tune(chosen)["failed"] == 2
+    for number in range(2):
+        end = journal(folder_of(chosen) / "trials" / trial_name(number))[-1]
+        assert "use storage that all nodes mount" in end["reason"]

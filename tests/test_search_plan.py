@@ -759,7 +759,24 @@ def test_the_share_of_a_trial(config, monkeypatch, there, settings, workers, exp
     made = SearchPlan(
         config({"space": {"optimizer.lr": LR}, **settings}, f"scaling.num_workers={workers}")
     )
-    assert _Search._resources(SimpleNamespace(search=made.search, plan=made), there) == expected
+    owner: Any = SimpleNamespace(search=made.search, plan=made)
+    use_gpu = _Search._on_gpus(owner, there.get("GPU", 0.0))
+    assert _Search._resources(owner, [there], use_gpu) == expected
+
+
+def test_a_trial_fits_on_the_smallest_node_of_its_kind(config, monkeypatch, ray_session):
+    """Data nodes' cores are not a GPU node's, and where none has come yet a trial asks for one core."""
+    from potstill import cluster
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    roles = [{"Labels": {cluster.ROLE: role}} for role in ("head", "data")]
+    monkeypatch.setattr(cluster, "alive_nodes", lambda: roles)
+    made = SearchPlan(config({"space": {"optimizer.lr": LR}}, "scaling.num_workers=1"))
+    owner: Any = SimpleNamespace(search=made.search, plan=made)
+    assert _Search._on_gpus(owner, 0.0), "as a training there would ask for one"
+    small, large = {"CPU": 16.0, "GPU": 1.0}, {"CPU": 96.0, "GPU": 4.0}
+    assert _Search._resources(owner, [small, large], True) == ({"cpu": 16.0, "gpu": 1.0}, 5)
+    assert _Search._resources(owner, [], True) == ({"cpu": 1.0, "gpu": 1.0}, 1)
 
 
 def test_more_than_there_is_is_refused_unless_the_cluster_may_grow(config, monkeypatch):
@@ -770,9 +787,9 @@ def test_more_than_there_is_is_refused_unless_the_cluster_may_grow(config, monke
     with pytest.raises(
         UserError, match=r"must be <= what there is \(2 cores, 0 GPUs\), got 4 and 0"
     ):
-        _Search._resources(owner, {"CPU": 2.0})
+        _Search._resources(owner, [{"CPU": 2.0}], False)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert _Search._resources(owner, {"CPU": 2.0}) == ({"cpu": 4.0}, 6)
+    assert _Search._resources(owner, [{"CPU": 2.0}], False) == ({"cpu": 4.0}, 6)
 
 
 # --------------------------------------------------------------------------- what earlier starts have reached

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from potstill import config as _config
 from potstill.config import Config
 from potstill.registry import register
+from potstill.storage import local_folder
 
 if TYPE_CHECKING:
     from potstill.inference import ImagePredictions
@@ -57,7 +58,7 @@ def train(config: Config | Sequence[str]) -> Run:
 
     ready = _config.checked(config) if isinstance(config, Config) else compose(config)
     summary = fit(ready)
-    return Run(Path(ready.runs.dir).expanduser().absolute() / summary["name"], summary)
+    return Run(local_folder(ready.runs.dir) / summary["name"], summary)
 
 
 def tune(config: Config | Sequence[str]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from potstill import console, runs
 from potstill.config import AuditConfig
 from potstill.errors import UserError
 from potstill.registry import load_plugins
+from potstill.storage import home
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +96,7 @@ def _look_over(
         notes.append(
             f"Labels, history and splits were judged on {len(chosen):,} of {len(images):,} images (max_images)."
         )
-    output = Path(config.output) if config.output else Path("audits") / cache.key
+    output = home() / (Path(config.output).expanduser() if config.output else f"audits/{cache.key}")
     output.mkdir(parents=True, exist_ok=True)
     about = {
         "root": str(prepared.report["root"]),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import fnmatch
 import functools
 import hashlib
@@ -16,6 +17,7 @@ import itertools
 import json
 import math
 import re
+import signal
 import sys
 import typing
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -25,6 +27,7 @@ from typing import Any
 
 from potstill import registry
 from potstill.errors import Stopped, UserError
+from potstill.storage import home, is_uri
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
@@ -389,9 +392,13 @@ class Scaling:
     num_workers: int = 0
     """0: train in this process (Ray Train's local mode, which starts at once); n: on n Ray workers."""
     use_gpu: bool | None = None
-    """null: where there is one for every worker."""
+    """null: where there is one for every worker; on a cluster whose nodes have roles, true."""
     cpus_per_worker: int | None = None
-    """null: the machine's cores, divided among the workers."""
+    """null: the machine's cores, divided among the workers; on a cluster, with GPUs, the node's, divided among its GPUs."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Labels of the nodes of a cluster that workers may be on, besides their role: {ray.io/market-type: on-demand}."""
+    rehearse: bool = False
+    """true: reserve GPUs, and compute on the CPUs beside them: to rehearse a cluster without any."""
     sync_batchnorm: bool = False
     """BatchNorm over the samples of all GPUs; not where an update takes several forward passes. Source: timm --sync-bn"""
     max_failures: int = 3
@@ -695,7 +702,7 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: str | None = N
 # Open dicts of the config, whose keys are not ours to list.
 OPEN = (
     *("model.kwargs", "task.terms", "optimizer.lrs", "optimizer.kwargs"),
-    *("teacher.model", "teachers", "stages", "search.space"),
+    *("teacher.model", "teachers", "stages", "search.space", "scaling.labels"),
 )
 
 
@@ -1115,6 +1122,10 @@ RULES: dict[str, Check] = {
     "scaling.num_workers": _number(0),
     "scaling.cpus_per_worker": _number(1),
     "scaling.max_failures": _number(0),
+    "scaling.labels": (
+        lambda v: isinstance(v, dict) and all(_text(k) and _text(x) for k, x in v.items()),
+        "must be labels of nodes and their values, such as {ray.io/market-type: on-demand}",
+    ),
     "tracking.name": _one_of("aim", "none"),
     "tta": _one_of(*TTA),
     "subset": _one_of("train", "val", "test"),
@@ -1747,7 +1758,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def resolved(path: str | None) -> str | None:
     """A path that means the same from any folder; a URI means that already."""
-    return path if not path or "://" in path else str(Path(path).expanduser().resolve())
+    return path if not path or is_uri(path) else str((home() / Path(path).expanduser()).resolve())
 
 
 def resolve_teacher(teacher: dict[str, Any]) -> None:
@@ -1863,6 +1874,8 @@ def _run(
     for flag, options in (flags or {}).items():
         parser.add_argument(flag, **options)
     arguments = parser.parse_intermixed_args(argv)  # flags may stand between overrides
+    # `ray job stop`, a queue, a machine that goes down: as Ctrl-C, wherever the job is
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         config = compose(name, arguments.overrides, arguments.config_dir)
         if arguments.cfg:
@@ -1878,6 +1891,16 @@ def _run(
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" of {error.filename}" if error.filename else ", one that this job writes to,"
+        print(
+            f"error: the disk{where} must have room, got none ({error.strerror}); make room there, and start the same "
+            "command again: it goes on from what is kept",
+            file=sys.stderr,
+        )
+        return 2
     return 0
 
 

@@ -28,6 +28,8 @@ from potstill import metric_names
 
 Record = dict[str, Any]
 BAR_AFTER_S = 2.0
+LINE_EVERY_S = 60.0
+"""Where there is no terminal, as in `ray job logs`, how far things are is said so often."""
 
 
 @cache
@@ -137,13 +139,14 @@ def progress(
 ) -> Iterator[Callable[[float], None]]:
     """Show how far a piece of work is. Yields `update(done)`.
 
-    On a terminal a bar appears after 2 s and gives way to one line at the end; elsewhere there is that line alone.
+    On a terminal a bar appears after 2 s and gives way to one line at the end; elsewhere a line a minute comes before it.
     """
     console = console or standard()
     began, done, lock = time.monotonic(), 0.0, threading.Lock()
     bar: Progress | None = None
     task: TaskID | None = None
-    over = False
+    over, spoke = False, began
+    first: tuple[float, float] | None = None
 
     def show() -> None:
         nonlocal bar, task
@@ -154,9 +157,14 @@ def progress(
                 bar.start()
 
     def update(now_done: float) -> None:
-        nonlocal done
+        nonlocal done, spoke, first
         with lock:
-            done = now_done
+            done, now = now_done, time.monotonic()
+            first = first or (now, done)  # what an earlier start has done took no time of ours
+            if not console.is_terminal and now - spoke >= LINE_EVERY_S:
+                spoke = now
+                of = f" of {total:,.0f}{_left(first, done, total)}" if total else ""
+                say(f"{description}: {done:,.0f}{of}", "dim", console)
             if bar is not None and task is not None:
                 bar.update(task, completed=int(done))
 
@@ -176,6 +184,14 @@ def progress(
         say(f"{description}: {done:,.0f} in {duration(time.monotonic() - began)}", console=console)
 
 
+def _left(first: tuple[float, float], done: float, total: float) -> str:
+    """`, 12 min 30 s left`. `first`: when the first part was heard of, and how much was done by then."""
+    when, before = first
+    if done <= before:
+        return ""
+    return f", {duration((time.monotonic() - when) / (done - before) * (total - done))} left"
+
+
 def said_of(record: Record) -> str:
     """A change of level or of stage in words."""
     if record["kind"] == "stage":
@@ -187,7 +203,8 @@ def said_of(record: Record) -> str:
 
 
 class EpochPrinter:
-    """Follows a run's journal: a bar while an epoch's steps arrive (terminals only), then its lines."""
+    """Follows a run's journal: a bar while an epoch's steps arrive, or a line a minute where there is no terminal, then
+    the epoch's lines."""
 
     def __init__(self, name: str, console: Console | None = None) -> None:
         self._name, self._console = name, console or standard()
@@ -195,6 +212,9 @@ class EpochPrinter:
         self._kind, self._shown = "single_label", []
         self._bar: Progress | None = None
         self._task: TaskID | None = None
+        self._spoke = time.monotonic()
+        self._epoch_from: tuple[float, float] | None = None
+        """When the first step of the epoch under way was heard of, and which one that was."""
 
     def handle(self, record: Record) -> None:
         """Print what `record` says, if it says anything to a user."""
@@ -216,6 +236,7 @@ class EpochPrinter:
 
     def _on_attempt(self, record: Record) -> None:
         self.close()
+        self._epoch_from = None
         self._epochs, self._steps_per_epoch = record["epochs"], record["steps_per_epoch"]
         self._kind = record.get("task_kind", "single_label")
         # what a run was asked for, besides what every line says
@@ -248,6 +269,7 @@ class EpochPrinter:
 
     def _on_step(self, record: Record) -> None:
         if not self._console.is_terminal:
+            self._say_step(record)
             return
         if self._bar is None:
             self._bar = _bar(self._console, known_total=True)
@@ -259,8 +281,22 @@ class EpochPrinter:
         note = f"loss {record['loss']:.4f}, {record['images_per_s']:,.0f} img/s"
         self._bar.update(self._task, completed=record["epoch_step"], note=note)
 
+    def _say_step(self, record: Record) -> None:
+        now, at = time.monotonic(), record["epoch_step"]
+        if self._epoch_from is None:
+            self._epoch_from = now, at
+        if now - self._spoke < LINE_EVERY_S:
+            return
+        self._spoke, updates = now, self._steps_per_epoch
+        self._say(
+            f"Epoch {record['epoch']}/{self._epochs}: update {at:,} of {updates:,}, loss {record['loss']:.4f}, "
+            f"{record['images_per_s']:,.0f} img/s{_left(self._epoch_from, at, updates)}",
+            "dim",
+        )
+
     def _on_epoch(self, record: Record) -> None:
         self.close()
+        self._spoke, self._epoch_from = time.monotonic(), None
         self._say(f"Epoch {record['epoch']}/{self._epochs}", "bold")
         for subset in ("train", "val"):
             keys = [f"{subset}_loss", f"{subset}_top1_acc"]

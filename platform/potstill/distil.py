@@ -50,6 +50,8 @@ from potstill.data.prepare import Plan, check, prepared
 from potstill.errors import Stopped, UserError
 from potstill.models.published import weights_file
 from potstill.registry import load_plugins
+from potstill.replica import replicated
+from potstill.storage import home, local_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,7 +73,7 @@ def distil(config: Config, config_dir: str | None = None) -> Result:
     Stopped.
     """
     path = _Path(config, config_dir)
-    with runs.lock(path.folder):
+    with runs.lock(path.folder), replicated(path.folder, config.runs.dir):
         return path.walk()
 
 
@@ -414,7 +416,7 @@ class _Path:
         console.say(f"{console.duration(time.monotonic() - began)} in all. Written: {self.folder}")
         if self.config.tracking.name == "aim":
             console.say(
-                f"Aim:    uv run aim up --repo {self.config.tracking.repo or self.config.runs.dir}"
+                f"Aim:    uv run jobs/explore.py --repo {self.config.tracking.repo or self.config.runs.dir}"
             )
         return result
 
@@ -484,7 +486,7 @@ class _Path:
             config.run.name = f"{self.name}-{role}-{digest}"
             config.run.tags = list(dict.fromkeys([*config.run.tags, self.name, role.split("-")[0]]))
             summary = fit.fit(config)
-            run_dir = Path(config.runs.dir).expanduser().absolute() / summary["name"]
+            run_dir = local_folder(config.runs.dir) / summary["name"]
             found = {"run": str(run_dir), "status": summary["status"], "best": summary["best"]}
             return {**found, "files": [str(run_dir / "summary.json")]}
 
@@ -726,7 +728,7 @@ class _Path:
     def _costs(self, by_name: dict[str, str]) -> Result:
         """Parameters, size and latency of each architecture, measured when nothing trains any more."""
         nodes = {name: _architecture(Path(run)) for name, run in by_name.items()}
-        use_gpu = self.config.scaling.use_gpu
+        use_gpu = _gpu_here(self.config)
 
         def work(_: str) -> Result:
             found = costs({name: Path(run) for name, run in by_name.items()}, use_gpu)
@@ -750,7 +752,7 @@ def _folder(config: Config) -> Path:
         raise UserError(
             f"run.name must be a folder's name without '/' and not start with '.', got {name!r}"
         )
-    return Path(config.runs.dir).expanduser().absolute() / name
+    return local_folder(config.runs.dir) / name
 
 
 def _read_steps(folder: Path) -> dict[str, Any]:
@@ -795,6 +797,13 @@ def _file_of(teacher: Mapping[str, Any], key: str) -> Path:
     return weights_file(teacher["weights"], folder, target, key=f"{key}.weights").resolve()
 
 
+def _gpu_here(config: Config) -> bool | None:
+    """What scaling.use_gpu says of this process, which judges models: that workers must have GPUs, on a cluster, is
+    nothing about it."""
+    asked = config.scaling.use_gpu
+    return None if asked and os.environ.get("RAY_ADDRESS") else asked
+
+
 def _architecture(run_dir: Path) -> Result:
     config, about = load_run_config(run_dir), runs.read_json(run_dir / "run.json")
     model = {
@@ -809,7 +818,7 @@ def _fake_sets(fakes: Fakes, with_teacher: bool) -> dict[str, dict[str, Any]]:
     without images."""
     if not fakes.images:
         return {}
-    images = Path(fakes.images).expanduser().resolve()
+    images = local_folder(fakes.images, "fakes.images").resolve()
     if not images.is_dir():
         raise UserError(
             f"fakes.images must be a folder of images, got {fakes.images}, which is none"
@@ -825,7 +834,7 @@ def _fake_sets(fakes: Fakes, with_teacher: bool) -> dict[str, dict[str, Any]]:
         settings |= {"jpeg_quality": fakes.jpeg_quality, "seed": fakes.seed}
         about = json.dumps([settings, str(images), content], sort_keys=True)
         name = f"{generator}-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
-        root = str(Path(fakes.dir).expanduser().resolve() / name)
+        root = str((home() / Path(fakes.dir).expanduser()).resolve() / name)
         found[role] = {**settings, "images": str(images), "root": root, "content": content}
     return found
 
@@ -850,7 +859,7 @@ def measure(run_dir: Path, config: Config, subset: str, metrics: Sequence[str]) 
         raise UserError(
             f"teacher.run must know classes of the data, got {run_dir}, which knows none"
         )
-    asked = EvaluateConfig(subset=subset, use_gpu=config.scaling.use_gpu)
+    asked = EvaluateConfig(subset=subset, use_gpu=_gpu_here(config))
     checkpoint = runs.best_checkpoint(run_dir)
     with prepared(data, config.cache, f"evaluation of {run_dir.name}") as found:
         cache = open_cache(
@@ -889,7 +898,7 @@ def import_weights(file: Path, config: Config, plan: Plan, key: str = "teacher.w
     config.model["pretrained"] = False
     state = _model_of_weights(file, config, plan.rows.classes, key).state_dict()
     config.run.name = config.run.name or "imported"
-    run_dir = Path(config.runs.dir).expanduser().absolute() / config.run.name
+    run_dir = local_folder(config.runs.dir) / config.run.name
     fit.write_identity(config, run_dir, plan, {})
     folder = runs.checkpoint_name(0)
     best = {"metric": None, "value": None, "epoch": 0, "folder": folder}

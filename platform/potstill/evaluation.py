@@ -16,6 +16,8 @@ from potstill.data.prepare import check, prepared
 from potstill.errors import UserError
 from potstill.predictions import Predictions, calibration, per_class
 from potstill.registry import load_plugins
+from potstill.replica import send_back
+from potstill.storage import home
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +29,8 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
     Classes are matched by name; the folder may lack some of them, but not hold others. Images that the run
     was trained on are counted, and warned of. Decisions of a binary or multi-label task are taken at the thresholds
     that the checkpoint keeps, chosen on the run's validation images; none is chosen here. Writes evaluation.json,
-    reliability.png, and confusion_matrix.png or curves.png; returns the content of evaluation.json (NaN where the
-    file says null). Raises UserError.
+    reliability.png, and confusion_matrix.png or curves.png, in the object store too where the run is named by a URI.
+    Returns the content of evaluation.json (NaN where the file says null). Raises UserError.
     """
     if config.from_run is None:
         raise UserError(
@@ -78,14 +80,18 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
             "absent_classes": sorted(set(known) - set(plan.rows.classes)),
         }
     output = (
-        Path(config.output)
+        home() / Path(config.output).expanduser()
         if config.output
         else run_dir / "evaluations" / f"{plan.key}-{config.subset}"
     )
+    written = [output / "evaluation.json"]
     for name, picture in _pictures(predictions, known, config.subset).items():
-        runs.atomic_write(output / f"{name}.png", picture)
-    runs.write_json(output / "evaluation.json", result)
+        written.append(output / f"{name}.png")
+        runs.atomic_write(written[-1], picture)
+    runs.write_json(written[0], result)
     _say(result, output)
+    if not config.output:
+        send_back(config.from_run, "from_run", written)
     return result
 
 

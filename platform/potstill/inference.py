@@ -15,6 +15,7 @@ import numpy as np
 from potstill import console, runs
 from potstill.config import PredictConfig, checked
 from potstill.errors import UserError
+from potstill.storage import home
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -188,12 +189,15 @@ def predict_files(config: PredictConfig) -> ImagePredictions:
         raise UserError(
             "images must name an image or a folder of images, got null; add images=<folder>"
         )
-    output = Path(config.output).expanduser()
+    output = home() / Path(config.output).expanduser()
     if output.suffix not in (".csv", ".parquet"):
         raise UserError(f"output must end in .csv or .parquet, got {config.output!r}")
+    images = Path(config.images).expanduser()
+    if home() != Path.cwd():  # else the table names files as the user does
+        images = home() / images
     found = predict(
         config.from_run,
-        config.images,
+        images,
         checkpoint=config.checkpoint,
         batch_size=config.batch_size,
         precision=config.precision,

@@ -70,8 +70,9 @@ class Session(Protocol):
         """The newest valid checkpoint, and the names of damaged ones that are newer."""
         ...
 
-    def preempted(self) -> bool:
-        """Whether this process is about to be stopped; every rank gets the same answer. Collective."""
+    def asked(self) -> str:
+        """What is wanted after this update: "" (go on) | "save" (and go on: a machine will soon be gone) | "stop" (and
+        save). Every rank gets the same answer. Collective."""
         ...
 
 
@@ -305,8 +306,9 @@ class Training:
                 if self.scaler.is_enabled():
                     values["loss_scale"] = self.scaler.get_scale()
                 self._log("step", **values)
-            stopping = self.session.preempted()
-            if not last and (stopping or at.step % cfg.checkpoint_every_steps == 0):
+            asked = self.session.asked()
+            stopping = asked == "stop"
+            if not last and (asked or at.step % cfg.checkpoint_every_steps == 0):
                 self._save_within_epoch()
             if stopping and not last:
                 self._stop()

@@ -14,6 +14,7 @@ from potstill.config import Config, QuickstartConfig, compose
 from potstill.data.digits import write_digits
 from potstill.data.prepare import prepare_shown, print_report
 from potstill.errors import UserError
+from potstill.storage import local_folder
 
 
 def quickstart(config: QuickstartConfig) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     if len(set(config.seeds)) != len(config.seeds) or not config.seeds:
         raise UserError(f"seeds must be different numbers, at least one, got {config.seeds}")
     began = time.monotonic()
-    root = write_digits(Path(config.data_dir).expanduser())
+    root = write_digits(local_folder(config.data_dir, "data_dir"))
     console.say("Prepare", "bold underline")
     data = _compose(config, "digits_teacher", f"data.root={root}").data
     print_report(prepare_shown(data, config.cache).report, console.standard())
@@ -38,19 +39,19 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
 
     console.say("\nTeacher", "bold underline")
     teacher = run("digits_teacher", 0)
-    teacher_run = Path(config.runs.dir) / teacher["name"]
+    teacher_run = local_folder(config.runs.dir) / teacher["name"]
     alone, distilled = [], []
     for seed in config.seeds:
         console.say(f"\nStudent alone, seed {seed}", "bold underline")
         alone.append(run("digits_student", seed))
         console.say(f"\nStudent distilled, seed {seed}", "bold underline")
         distilled.append(run("digits_distilled", seed, f"teacher.run={teacher_run}"))
-    folder = Path(config.runs.dir) / "quickstart"
+    folder = local_folder(config.runs.dir) / "quickstart"
     result = comparison(folder, teacher, alone, distilled)
     _say(result, teacher, alone, distilled, folder, time.monotonic() - began)
     if config.tracking.name == "aim":
         repo = config.tracking.repo or config.runs.dir
-        console.say(f"Aim:    uv run aim up --repo {repo}")
+        console.say(f"Aim:    uv run jobs/explore.py --repo {repo}")
     return result
 
 

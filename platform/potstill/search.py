@@ -18,7 +18,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from potstill.config import (
 )
 from potstill.data.prepare import check, prepared
 from potstill.errors import Stopped, UserError
+from potstill.replica import refresh, replicated, with_local_runs
 from potstill.search_plan import (
     ADOPT,
     AGAIN,
@@ -47,6 +48,7 @@ from potstill.search_plan import (
     trial_name,
 )
 from potstill.search_results import TrialResult, best_of, ranked, write_leaderboard, write_results
+from potstill.storage import local_folder
 
 POLL_S = 0.2
 PICTURES_EVERY_S = 300.0
@@ -63,7 +65,7 @@ def tune(config: Config, config_dir: str | None = None) -> dict[str, Any]:
     Raises UserError, before the first trial wherever that is possible, and Stopped after Ctrl-C.
     """
     plan, teacher = _planned(config, config_dir)
-    with runs.lock(plan.folder):
+    with runs.lock(plan.folder), replicated(plan.folder, config.runs.dir):
         if teacher is not None:
             console.say("Teacher", "bold underline")
             fit.fit(teacher)
@@ -73,6 +75,7 @@ def tune(config: Config, config_dir: str | None = None) -> dict[str, Any]:
 def show_best(config: Config, config_dir: str | None = None) -> None:
     """Print what a search has found so far; nothing is started."""
     plan, _ = _planned(config, config_dir)
+    refresh(plan.folder, plan.config.runs.dir)
     trials = list(Ledger.read(plan.folder).trials.values())
     order = [t for t in ranked(trials, plan.objectives) if t.state != "waiting"]
     rows = [
@@ -99,6 +102,9 @@ def _planned(config: Config, config_dir: str | None) -> tuple[SearchPlan, Config
             "run.again must be false here, got true: no trial is run twice; give the search another run.name"
         )
     resolve_paths(config)
+    with_local_runs(
+        config
+    )  # what is not there is said now; what is kept and what a search is known by are the URIs
     teacher = _teacher_to_train(config, config_dir)
     if teacher is not None:
         config.teacher.run = str(fit.run_folder(teacher))
@@ -132,6 +138,7 @@ class _Search:
         self.proposer = Proposer(plan)
         self.live: dict[int, dict[str, Any]] = {}
         """Trials under way: the last result of each."""
+        self.has_begun = False
         self.stopping = ""
         """Why no more is to be done, though there is more to do."""
         self.broken: BaseException | None = None
@@ -316,7 +323,7 @@ class _Search:
             return
         from potstill.tracking import AimWriter
 
-        repo = Path(config.tracking.repo or config.runs.dir).expanduser().absolute()
+        repo = local_folder(config.tracking.repo or config.runs.dir)
         self.aim = AimWriter(repo, console.warn)
         self.aim.follow(self.folder)
         try:
@@ -326,7 +333,7 @@ class _Search:
 
     # ------------------------------------------------------------------------------------------- Tune
     def _tune(self, caches: Mapping[str, Path]) -> None:
-        from potstill.cluster import start_ray
+        from potstill.cluster import nodes_with, said_while_waiting, selector, shown, start_ray
 
         os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
         os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
@@ -341,13 +348,22 @@ class _Search:
 
         from potstill.search_tune import run_trials
 
-        resources, at_once = self._resources(ray.cluster_resources())
+        use_gpu = self._on_gpus(ray.cluster_resources().get("GPU", 0.0))
+        labels = selector("train" if use_gpu else "data", self.plan.config.scaling.labels)
+        # where a label is an expression of Ray's, the nodes of the role say what there is
+        nodes = nodes_with(labels) or nodes_with(selector("train" if use_gpu else "data"))
+        resources, at_once = self._resources([n["Resources"] for n in nodes], use_gpu)
         console.say(f"{at_once} at a time, each with {_said(resources)}")
         for name in ("ray.tune", "ray.air", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
         outcome: list[BaseException] = []
-        grows = os.environ.get("RAY_ADDRESS") and not self.search.max_concurrent_trials
-        # where a cluster may grow, one trial more than there is room for asks for a node
+        # where a cluster may grow, one trial more than there is room for asks for a node; there is always room for one
+        # that only waits for its workers
+        grows = (
+            os.environ.get("RAY_ADDRESS")
+            and not self.search.max_concurrent_trials
+            and resources["cpu"]
+        )
         at_a_time = None if ahead > 1 or grows else at_once
         self._slots = at_once
         storage = self.folder / ".tune"  # where all nodes see it, as they see the runs
@@ -361,8 +377,10 @@ class _Search:
 
         # in the main thread Tune would put its own handler in the place of ours
         thread = threading.Thread(target=work, name="ray-tune", daemon=True)
+        what = f"the first trial ({_said(resources)}){shown(labels if resources['cpu'] else {})}"
+        waiting = said_while_waiting(what, lambda: self.has_begun)
         try:
-            with self._signals(), console.live(self._view) as show:
+            with self._signals(), waiting, console.live(self._view) as show:
                 thread.start()
                 while thread.is_alive():
                     thread.join(POLL_S)
@@ -392,12 +410,26 @@ class _Search:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _resources(self, there: Mapping[str, float]) -> tuple[dict[str, float], int]:
-        """Of one trial, and how many go at a time. Raises UserError for more than there is."""
+    def _on_gpus(self, gpus_there: float) -> bool:
+        """Whether trials train on GPUs, by the rule of a single training."""
+        from potstill.cluster import gpus_by_default
+
+        scaling, per_trial = self.plan.config.scaling, self.search.gpus_per_trial
+        if per_trial is not None:
+            return per_trial > 0
+        if scaling.use_gpu is not None:
+            return scaling.use_gpu
+        return gpus_by_default(gpus_there, max(scaling.num_workers, 1))
+
+    def _resources(
+        self, nodes: Sequence[Mapping[str, float]], use_gpu: bool
+    ) -> tuple[dict[str, float], int]:
+        """Of one trial, and how many go at a time. `nodes`: what each has that takes trials; none where they are yet to
+        come. Raises UserError for more than there is."""
         search, scaling = self.search, self.plan.config.scaling
         workers = max(scaling.num_workers, 1)
-        cpus_there, gpus_there = there.get("CPU", 1.0), there.get("GPU", 0.0)
-        use_gpu = gpus_there >= workers if scaling.use_gpu is None else scaling.use_gpu
+        cpus_there = sum(node.get("CPU", 0.0) for node in nodes)
+        gpus_there = sum(node.get("GPU", 0.0) for node in nodes)
         gpus = (
             search.gpus_per_trial if search.gpus_per_trial is not None else float(use_gpu) * workers
         )
@@ -406,16 +438,24 @@ class _Search:
         elif scaling.cpus_per_worker:
             cpus = float(scaling.cpus_per_worker * workers)
         else:
-            share = cpus_there * gpus / gpus_there if gpus and gpus_there else 1.0
-            cpus = max(1.0, math.floor(share)) if share >= 1 else 1.0
-            cpus = max(cpus, float(workers))
+            # the cores beside its GPUs, on whichever node it comes to
+            with_gpus = [node for node in nodes if node.get("GPU")]
+            shares = [node.get("CPU", 0.0) / node["GPU"] * gpus for node in with_gpus]
+            cpus = max(1.0, math.floor(min(shares)) if gpus and shares else 1.0, float(workers))
         elsewhere = bool(os.environ.get("RAY_ADDRESS"))  # an autoscaling cluster may grow
         if not elsewhere and (cpus > cpus_there or gpus > gpus_there):
             raise UserError(
                 f"search.cpus_per_trial and search.gpus_per_trial must be <= what there is ({cpus_there:g} cores, "
                 f"{gpus_there:g} GPUs), got {cpus:g} and {gpus:g}"
             )
-        at_once = math.floor(min(cpus_there / cpus, gpus_there / gpus if gpus else math.inf))
+
+        def fit_in(cpus_in: float, gpus_in: float) -> int:
+            return math.floor(min(cpus_in / cpus, gpus_in / gpus if gpus else math.inf))
+
+        if workers > 1:  # a trial's workers may be on several nodes
+            at_once = fit_in(cpus_there, gpus_there)
+        else:
+            at_once = sum(fit_in(n.get("CPU", 0.0), n.get("GPU", 0.0)) for n in nodes)
         at_once = max(1, at_once)
         if search.max_concurrent_trials:
             if elsewhere:
@@ -424,7 +464,10 @@ class _Search:
             # all of their trials wait, so that the room must limit them
             if search.scheduler in ("pbt", "hyperband") and not elsewhere:
                 cpus = max(cpus, math.floor(cpus_there / (at_once + 1)) + 1)
-        self.of_worker = {"cpus": max(1, int(cpus // workers)), "gpu": bool(gpus)}
+        of_worker: int | None = max(1, int(cpus // workers))
+        if elsewhere and gpus and not (search.cpus_per_trial or scaling.cpus_per_worker):
+            of_worker = None  # its share of whatever node it comes to
+        self.of_worker = {"cpus": of_worker, "gpu": bool(gpus)}
         if workers > 1:  # its workers hold the cores and GPUs; the trial itself only waits for them
             return {"cpu": 0, "memory": 1e6}, at_once
         return {"cpu": cpus, **({"gpu": gpus} if gpus else {})}, at_once

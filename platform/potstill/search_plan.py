@@ -45,6 +45,7 @@ from potstill.expressions import near
 from potstill.fit import check_model, refuse_rows
 from potstill.search_results import Objective, TrialResult
 from potstill.search_space import Expression, Point, Space
+from potstill.storage import local_folder
 
 if TYPE_CHECKING:
     import optuna
@@ -136,7 +137,7 @@ class SearchPlan:
             raise UserError(
                 f"run.name must be a folder's name without '/' and not start with '.', got {name!r}"
             )
-        return Path(self.config.runs.dir).expanduser().absolute() / name
+        return local_folder(self.config.runs.dir) / name
 
     def identity(self) -> dict[str, Any]:
         """What its trials depend on."""

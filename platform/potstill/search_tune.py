@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import ray
 from ray import tune
 from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, Stopper
 from ray.tune.schedulers import (
@@ -34,10 +35,13 @@ from ray.tune.schedulers import (
 from ray.tune.search import Searcher
 
 from potstill import fit, metric_names, runs
+from potstill.cluster import cores_of_gpu, selector
 from potstill.config import Config, load_run_config, to_dict
 from potstill.errors import UserError
+from potstill.handover import Desk, FarFolder, brought, marked, open_desk
 from potstill.registry import load_plugins
-from potstill.runs import Checkpoint
+from potstill.replica import with_local_runs
+from potstill.runs import Checkpoint, RunFolder
 from potstill.search_plan import ADOPT, data_key, trial_name
 from potstill.sessions import JournalSession
 
@@ -50,6 +54,7 @@ LOCK_WAIT_S = 60.0
 """A trial of a driver that was killed may still run for a moment."""
 MARK = "potstill.json"
 """In what Tune takes for a checkpoint: which run's, and where it is."""
+
 
 # Tune pickles its parts to restore them one day, which we never do: they name their owner instead of holding it
 _OWNERS: dict[str, _Search] = {}
@@ -81,6 +86,9 @@ def run_trials(
         "marks": search.scheduler in ("pbt", "hyperband"),
         "donates": search.scheduler == "pbt",
         "of_worker": owner.of_worker,
+        "address": os.environ.get(
+            "RAY_ADDRESS"
+        ),  # that of the driver's, which its trials do not inherit
         # what a failed trial is told to have reached: pbt leaves NaN out, hyperband cannot sort it
         "failed": {"max": -math.inf, "min": math.inf}[mode]
         if search.scheduler == "hyperband"
@@ -88,9 +96,14 @@ def run_trials(
     }
     scheduler = _scheduler(owner, metric, mode)
     _tell_scheduler(scheduler, owner)
+    room = _room(resources, owner.plan.config.scaling.labels)
+    seen = contextlib.ExitStack()
     try:
+        payload["mark"] = seen.enter_context(marked(owner.folder))
+        payload["desk"] = desk = open_desk(Desk)
+        seen.callback(ray.kill, desk)
         tune.Tuner(
-            tune.with_resources(tune.with_parameters(_run_trial, payload=payload), resources),
+            tune.with_resources(tune.with_parameters(_run_trial, payload=payload), room),
             tune_config=tune.TuneConfig(
                 search_alg=_Proposals(key, at_once, metric, mode),
                 scheduler=scheduler,
@@ -110,9 +123,21 @@ def run_trials(
             ),
         ).fit()
     finally:
+        seen.close()
         del _OWNERS[key]
     if owner.broken is not None:
         raise owner.broken
+
+
+def _room(resources: Mapping[str, float], labels: Mapping[str, str]) -> tune.PlacementGroupFactory:
+    """Where a trial's own process goes: to nodes of its role, or beside the driver if it only waits for its workers."""
+    if resources["cpu"]:
+        bundle = {"CPU": resources["cpu"], "GPU": resources.get("gpu", 0)}
+        where = selector("train" if resources.get("gpu") else "data", labels)
+    else:  # Tune takes no bundle that asks for nothing; the driver's node sees the runs
+        bundle = {"memory": resources["memory"]}
+        where = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    return tune.PlacementGroupFactory([bundle], bundle_label_selector=[where])
 
 
 def _name_of(trial: Any) -> str:
@@ -154,6 +179,9 @@ class _Reporter(Callback):
 
     def __init__(self, owner: str) -> None:
         self._owner = owner
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        _OWNERS[self._owner].has_begun = True
 
     def on_trial_result(
         self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
@@ -296,23 +324,31 @@ def _run_trial(config: dict[str, Any], payload: dict[str, Any]) -> None:
     """One trial, in its process. Whatever it dies of is written down and ends it alone."""
     run_dir = Path(payload["folder"]) / "trials" / trial_name(config["number"])
     sys.path += [folder for folder in payload["path"] if folder not in sys.path]
+    here = payload["mark"].seen()
+    folder = _TrialFolder(run_dir) if here else _FarTrialFolder(payload["desk"], run_dir)
     told = False
-    with _locked(run_dir):
-        if not _has_ended(run_dir):
-            told = _trained(run_dir, payload)
+    # a trial that nobody sees from here has its owner's lock; Ray ends it with its driver
+    with _locked(run_dir) if here else contextlib.nullcontext():
+        if not _has_ended(folder):
+            told = _trained(folder, payload)
     _free_memory()
     if not told:  # schedulers must hear of a trial before it ends
-        epochs = [r["epoch"] for r in runs.read_journal(run_dir) if r["kind"] == "epoch"]
+        epochs = [r["epoch"] for r in folder.journal() if r["kind"] == "epoch"]
         tune.report({payload["metric"]: payload["failed"], "epoch": max(epochs, default=0)})
 
 
-def _trained(run_dir: Path, payload: dict[str, Any]) -> bool:
+def _trained(folder: _TrialFolder, payload: dict[str, Any]) -> bool:
     """Train, or write down why not. Returns whether Tune has heard of an epoch."""
-    trained: Config = load_run_config(run_dir)
-    session = _TrialSession(run_dir, payload)
-    session.attempt = 1 + runs.last_attempt(run_dir)
+    session = _TrialSession(folder, payload)
+    session.attempt = 1 + folder.last_attempt()
     try:
+        if payload["marks"] and isinstance(folder, _FarTrialFolder):
+            raise UserError(
+                "search.scheduler must be asha, median or none where nodes do not see runs.dir, got pbt or hyperband, "
+                f"and {os.uname().nodename} does not see {payload['folder']}; use storage that all nodes mount"
+            )
         with _watched(session, payload["silent_s"]):
+            trained = folder.config()
             load_plugins(trained.plugins)
             _adopt_if_told(session)
             if trained.scaling.num_workers > 1:
@@ -320,9 +356,82 @@ def _trained(run_dir: Path, payload: dict[str, Any]) -> bool:
             else:
                 _train_here(trained, session, payload)
     except Exception as error:
-        (run_dir / "error.txt").write_text(traceback.format_exc())
+        folder.write_error(traceback.format_exc())
         session.fail(_reason(error))
     return session.told
+
+
+class _TrialFolder(RunFolder):
+    """What a trial asks of its run's folder."""
+
+    def config(self) -> Config:
+        return with_local_runs(load_run_config(self.run_dir))
+
+    def write_error(self, text: str) -> None:
+        (self.run_dir / "error.txt").write_text(text)
+
+    def seen_before(self, config: Config, cache_dir: Path) -> list[dict[str, str]]:
+        return fit.seen_before(config, self.run_dir, cache_dir)
+
+    def donated(self, kept: Checkpoint, attempt: int) -> Path:
+        """A second name for a checkpoint, under which the run itself does not remove it.
+
+        By attempt: a trial that went on from another's weights comes by the same steps once more.
+        """
+        root = self.run_dir / "donated"
+        folder = root / f"{attempt:04d}" / kept.folder.name
+        if not folder.exists():
+            beside = folder.with_name(f".{kept.folder.name}")
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(kept.folder, beside, copy_function=_link)
+            beside.rename(folder)
+        for old in sorted(root.glob("*/step-*"))[:-DONORS_KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+        return folder
+
+    def adopt(self) -> dict[str, Any] | None:
+        """Take over the weights that adopt.json names; returns what it says, and "step". None: there is none."""
+        told = self.run_dir / ADOPT
+        if not told.exists():
+            return None
+        mark = runs.read_json(told)
+        donor = runs.load_checkpoint(Path(mark["folder"]))
+        runs.adopt_checkpoint(self.run_dir, donor, mark["run"], mark["value"])
+        return {**mark, "step": donor.step}
+
+    def adopted(self) -> None:
+        (self.run_dir / ADOPT).unlink()
+
+
+class _FarTrialFolder(FarFolder, _TrialFolder):
+    """The same, of a folder on the driver's node."""
+
+    def __init__(self, desk: Any, run_dir: Path) -> None:
+        super().__init__(desk, run_dir, _TrialFolder)
+        self.desk = desk
+
+    def newest(self) -> tuple[Checkpoint | None, list[str]]:
+        found, passed_over = super().newest()
+        return (self.bring(found) if found else None), passed_over
+
+    def config(self) -> Config:
+        return self.ask("config")
+
+    def write_error(self, text: str) -> None:
+        self.ask("write_error", text)
+
+    def seen_before(self, config: Config, cache_dir: Path) -> list[dict[str, str]]:
+        return self.ask("seen_before", config, cache_dir)
+
+    def donated(self, kept: Checkpoint, attempt: int) -> Path:
+        return self.ask("donated", kept, attempt)
+
+    def adopt(self) -> dict[str, Any] | None:
+        return self.ask("adopt")
+
+    def adopted(self) -> None:
+        self.ask("adopted")
 
 
 def _free_memory() -> None:
@@ -342,8 +451,8 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first}"
 
 
-def _has_ended(run_dir: Path) -> bool:
-    ends = [r for r in runs.read_journal(run_dir) if r["kind"] == "end"]
+def _has_ended(folder: RunFolder) -> bool:
+    ends = [r for r in folder.journal() if r["kind"] == "end"]
     return bool(ends) and ends[-1]["status"] != "stopped"
 
 
@@ -385,8 +494,10 @@ def _watched(session: _TrialSession, silent_s: float) -> Iterator[None]:
 class _TrialSession(JournalSession):
     """`loop.Session` inside a Tune trial: every epoch is told to Tune, which may stop the trial there and then."""
 
-    def __init__(self, run_dir: Path, payload: Mapping[str, Any]) -> None:
-        super().__init__(run_dir)
+    folder: _TrialFolder
+
+    def __init__(self, folder: _TrialFolder, payload: Mapping[str, Any]) -> None:
+        super().__init__(folder.run_dir, folder=folder)
         self._payload = payload
         self.heard = time.monotonic()
         self.told = False
@@ -399,7 +510,7 @@ class _TrialSession(JournalSession):
 
     def fail(self, reason: str) -> None:
         """The last word, whatever attempts others have begun meanwhile."""
-        self.attempt = max(self.attempt, runs.last_attempt(self.run_dir))
+        self.attempt = max(self.attempt, self.folder.last_attempt())
         self.end("failed", reason, None)
 
     def _told(self, metrics: dict[str, Any], kept: Checkpoint | None) -> None:
@@ -416,7 +527,7 @@ class _TrialSession(JournalSession):
             return
         folder = kept.folder
         if self._payload["donates"]:
-            folder = _donated(self.run_dir, kept, self.attempt)
+            folder = self.folder.donated(kept, self.attempt)
         mark = {
             "run": self.run_dir.name,
             "folder": str(folder),
@@ -434,14 +545,16 @@ def _train_here(config: Config, session: _TrialSession, payload: Mapping[str, An
 
     from potstill.assemble import prepare_process, train_run
 
-    prepare_process(payload["cpus"])
-    if config.scaling.use_gpu and not torch.cuda.is_available():
+    prepare_process(max(payload["cpus"], cores_of_gpu() if payload["gpu"] == 1 else 1))
+    if config.scaling.use_gpu and not torch.cuda.is_available() and not config.scaling.rehearse:
         raise UserError(
             "scaling.use_gpu must be false or null on a machine without a GPU, got true"
         )
     device = torch.device("cuda:0" if payload["gpu"] and torch.cuda.is_available() else "cpu")
     cache_dir = Path(payload["caches"][data_key(config)])
-    findings = fit.seen_before(config, session.run_dir, cache_dir)
+    findings = session.folder.seen_before(config, cache_dir)
+    if isinstance(session.folder, _FarTrialFolder):
+        cache_dir = brought(config, cache_dir, session.folder.desk)
     progress, early = train_run(config, cache_dir, session, device, session.attempt, findings)
     why = f"{config.loop.monitor} has not improved for {progress.bad_epochs} epochs"
     session.end("stopped_early" if early else "finished", why if early else "", progress.best)
@@ -449,6 +562,9 @@ def _train_here(config: Config, session: _TrialSession, payload: Mapping[str, An
 
 def _train_by_workers(config: Config, session: _TrialSession, payload: Mapping[str, Any]) -> None:
     """A TorchTrainer; its journal is read, and told to Tune epoch by epoch."""
+    assert not isinstance(session.folder, _FarTrialFolder)  # it runs on the driver's node
+    if payload["address"]:
+        os.environ["RAY_ADDRESS"] = payload["address"]
     run_dir = session.run_dir
     cache_dir = Path(payload["caches"][data_key(config)])
     config.scaling.cpus_per_worker = payload["of_worker"]["cpus"]
@@ -491,29 +607,11 @@ def _train_by_workers(config: Config, session: _TrialSession, payload: Mapping[s
     finally:  # Tune stops a trial by an exception out of `tell`
         stop.set()
         thread.join(LOCK_WAIT_S)
-    if outcome and outcome[0] is not None and not _has_ended(run_dir):
+    if outcome and outcome[0] is not None and not _has_ended(session.folder):
         raise outcome[0]
 
 
 # --------------------------------------------------------------------------- going on from another's weights
-def _donated(run_dir: Path, kept: Checkpoint, attempt: int) -> Path:
-    """A second name for a checkpoint, under which the run itself does not remove it.
-
-    By attempt: a trial that went on from another's weights comes by the same steps once more.
-    """
-    root = run_dir / "donated"
-    folder = root / f"{attempt:04d}" / kept.folder.name
-    if not folder.exists():
-        beside = folder.with_name(f".{kept.folder.name}")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(kept.folder, beside, copy_function=_link)
-        beside.rename(folder)
-    for old in sorted(root.glob("*/step-*"))[:-DONORS_KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
-    return folder
-
-
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
@@ -523,15 +621,11 @@ def _link(source: str, target: str) -> None:
 
 def _adopt_if_told(session: _TrialSession) -> None:
     """Take over the weights that adopt.json names; it stays until that is done."""
-    told = session.run_dir / ADOPT
-    if not told.exists():
+    if (mark := session.folder.adopt()) is None:
         return
-    mark = runs.read_json(told)
-    donor = runs.load_checkpoint(Path(mark["folder"]))
-    runs.adopt_checkpoint(session.run_dir, donor, mark["run"], mark["value"])
-    session.step = donor.step
-    session.note(f"goes on from {mark['run']}'s weights of step {donor.step} (pbt)")
+    session.step = mark["step"]
+    session.note(f"goes on from {mark['run']}'s weights of step {mark['step']} (pbt)")
     # what these weights were measured at is from now on this trial's, too
     epoch = {**mark["epoch"], "attempt": session.attempt, "time": time.time(), "best": True}
     session.log(epoch)
-    told.unlink()
+    session.folder.adopted()

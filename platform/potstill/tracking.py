@@ -30,6 +30,7 @@ import importlib.util
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -805,7 +806,7 @@ class _Writer:
             if folder in self._outdated and time.monotonic() < until:
                 continue
             if self._outdated.pop(folder, None):
-                said = "its index is in use by another process; an open explorer (aim up) will index this run by itself"
+                said = "its index is in use by another process; an open explorer (jobs/explore.py) will index this run by itself"
                 self._say(warn=said, of=folder)
             del self._closed[folder]
             self._say(done=folder)
@@ -826,6 +827,9 @@ def _take(
 def main(arguments: list[str]) -> int:
     """The child: `python -m potstill.tracking <folder of .aim>`. One JSON message a line on stdin and on stdout."""
     os.nice(5)
+    # `ray job stop` tells every process of the job: this one ends when the driver has no more to tell
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     messages = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # Aim prints
 
