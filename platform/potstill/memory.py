@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from potstill.control_groups import Groups
 from potstill.errors import UserError
 
 MARGIN = 0.8
@@ -93,13 +94,7 @@ def free_bytes() -> int:
             if text.startswith("MemAvailable:")
         )
         free = int(line.split()[1]) * 1024
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    if (within := Groups().memory()) is not None:
+        used, limit = within
+        free = min(free, limit - used)
     return free
