@@ -90,6 +90,8 @@ def test_a_set_is_in_use_until_its_process_is_gone(tmp_path):
         first.send_signal(signal.SIGKILL)
         first.wait()
         assert [u.split(",")[0] for u in store.stored_sets(tmp_path)[0].users] == ["run b"]
+        with store.hold(folder, "run c"):
+            assert len(list(folder.glob(".use.*"))) == 2, "the dead one's is gone"
         assert store.evict(Cache(dir=str(tmp_path)), "all") == []
         assert (folder / "data").exists()
     assert store.stored_sets(tmp_path)[0].users == ()
@@ -98,6 +100,31 @@ def test_a_set_is_in_use_until_its_process_is_gone(tmp_path):
     assert not folder.exists()
     with pytest.raises(FileNotFoundError), store.hold(folder):
         pass
+
+
+def test_who_comes_to_a_full_cache_takes_no_room(tmp_path):
+    """A budget that is filled to the last byte holds, however many use the sets."""
+    put(tmp_path, "a")
+    before = store.stored_sets(tmp_path)[0].bytes
+    with store.hold(tmp_path / "a", "one"), store.hold(tmp_path / "a", "two"):
+        assert store.stored_sets(tmp_path)[0].bytes == before
+        assert len(store.stored_sets(tmp_path)[0].users) == 2
+
+
+def test_a_file_that_gets_its_lasting_name_while_it_is_looked_at_counts(tmp_path, monkeypatch):
+    folder = put(tmp_path, "a")
+    before = store.stored_sets(tmp_path)[0].bytes
+    (folder / ".shard.tmp").write_bytes(b"0" * 1000)
+    listed = store._listed
+
+    def then_renamed(of: Path) -> list[Path]:
+        found = listed(of)
+        if (folder / ".shard.tmp").exists() and of == folder:
+            (folder / ".shard.tmp").rename(folder / "shard")
+        return found
+
+    monkeypatch.setattr(store, "_listed", then_renamed)
+    assert store.stored_sets(tmp_path)[0].bytes == before + 1000
 
 
 def test_using_a_set_makes_it_the_last_to_go(tmp_path):
@@ -348,7 +375,8 @@ for turn in range(6):
     ]
     most = 0
     while any(p.poll() is None for p in both):
-        most = max(most, sum(s.bytes for s in store.stored_sets(local)))
+        with store.locked(local):  # else two sets are looked at before and after something moved
+            most = max(most, sum(s.bytes for s in store.stored_sets(local)))
         time.sleep(0.005)
     assert [p.returncode for p in both] == [0, 0, 0]
     assert 0 < most <= max_gb * 1e9

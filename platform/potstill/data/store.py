@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 from potstill import console
 from potstill.errors import UserError
 from potstill.runs import read_json
+from potstill.storage import local_folder
 
 if TYPE_CHECKING:
     from potstill import config
@@ -72,13 +73,19 @@ def stored_sets(root: Path) -> list[StoredSet]:
 def _look(folder: Path) -> StoredSet:
     sizes, users, last_used = 0, [], 0.0
     for path in _listed(folder):
-        with suppress(FileNotFoundError):  # written under another name, and renamed
+        if path.name.startswith((".use.", "..use.")):
+            # its bytes do not count: a user comes without asking for room
+            with suppress(FileNotFoundError):  # let go in this moment
+                if path.name.startswith(".use.") and (user := _user(path)):
+                    users.append(user)
+            continue
+        try:
             info = path.stat()
-            if path.name.startswith(".use.") and (user := _user(path)):
-                users.append(user)
-            sizes += info.st_size
-            if path.name in (".used", ".lock", "manifest.json"):
-                last_used = max(last_used, info.st_mtime)
+        except FileNotFoundError:
+            return _look(folder)  # it got its lasting name in this moment: not to be missed
+        sizes += info.st_size
+        if path.name in (".used", ".lock", "manifest.json"):
+            last_used = max(last_used, info.st_mtime)
     reserved = _reserved(folder / ".lock")
     if reserved is not None:
         users.append("its builder")
@@ -109,15 +116,13 @@ def _reserved(lock: Path) -> int | None:
 
 
 def _user(path: Path) -> str | None:
-    """Who holds a .use file; None, and the file goes, where its process is gone."""
+    """Who holds a .use file; None where its process is gone."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except PermissionError:
         return "another account"
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        with suppress(OSError):
-            path.unlink()
     except BlockingIOError:
         return os.pread(handle, 512, 0).decode(errors="replace") or "unknown"
     finally:
@@ -141,9 +146,13 @@ class Hold:
         self.release = weakref.finalize(self, _let_go, handle, path)
         fcntl.flock(handle, fcntl.LOCK_EX)
         os.pwrite(handle, f"{user}, {_this_process()}".encode(), 0)
-        # only now: whoever finds a .use file that nobody holds removes it
+        # only now: whoever holds the set next removes the .use files that nobody holds
         os.replace(beside, path)
         touch(folder)
+        for other in folder.glob(".use.*"):
+            with suppress(OSError):
+                if other != path and _user(other) is None:
+                    other.unlink()
 
 
 def _this_process() -> str:
@@ -411,9 +420,9 @@ def _refuse_to_find_nothing(cache: config.Cache, which: str) -> None:
 
 
 def _roots(cache: config.Cache) -> list[tuple[str, Path]]:
-    roots = [("cache.dir", Path(cache.dir).expanduser().absolute())]
+    roots = [("cache.dir", local_folder(cache.dir, "cache.dir"))]
     if cache.local_dir:
-        roots.append(("cache.local_dir", Path(cache.local_dir).expanduser().absolute()))
+        roots.append(("cache.local_dir", local_folder(cache.local_dir, "cache.local_dir")))
     return roots
 
 
