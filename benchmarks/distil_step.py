@@ -37,8 +37,8 @@ class _Quiet:
     def resume_from(self) -> tuple[None, list[str]]:
         return None, []
 
-    def preempted(self) -> bool:
-        return False
+    def asked(self) -> str:
+        return ""
 
 
 def _config(args: argparse.Namespace, folder: Path, *more: str) -> Config:

@@ -105,8 +105,8 @@ class _Quiet:
     def resume_from(self) -> tuple[None, list[str]]:
         return None, []
 
-    def preempted(self) -> bool:
-        return False
+    def asked(self) -> str:
+        return ""
 
 
 def ours(config: Config, weights: Path | None) -> Callable[[], None]:

@@ -131,8 +131,8 @@ class Plain:
     def resume_from(self) -> tuple[None, list[str]]:
         return None, []
 
-    def preempted(self) -> bool:
-        return False
+    def asked(self) -> str:
+        return ""
 
 
 def train(task: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:

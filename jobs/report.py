@@ -8,20 +8,20 @@ from potstill.config import ReportConfig, job
 
 @job("report")
 def main(config: ReportConfig) -> None:
-    from pathlib import Path
-
-    from potstill import console, report, runs, tracking
+    from potstill import console, replica, report, runs, tracking
     from potstill.errors import UserError
+    from potstill.storage import local_folder
 
     if config.from_run is None:
         raise UserError(
             "from_run must name the folder of a run, got null; add from_run=runs/<name>"
         )
     run_dir = runs.open_run(config.from_run, "from_run")
-    for path in report.report(run_dir):
-        console.say(str(path))
+    written = report.report(run_dir)
+    console.say("\n".join(map(str, written)))
+    replica.send_back(config.from_run, "from_run", written)
     if config.tracking.name == "aim":
-        repo = Path(config.tracking.repo or run_dir.parent)
+        repo = local_folder(config.tracking.repo or str(run_dir.parent), "tracking.repo")
         console.say(f"Aim: run {tracking.fill(run_dir, repo, console.warn)} in {repo}")
 
 

@@ -12,6 +12,11 @@ import pytest
 from PIL import Image
 
 os.environ["OMP_WAIT_POLICY"] = "passive"
+# as on most machines: each of the many processes would compile torch anew, 10 s of a core
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+# Ray reads it when it is imported: start_ray is too late where a test's module has done that
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 # no test may reach a real cloud; Ray's workers inherit this
 os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 os.environ |= {"AWS_EC2_METADATA_DISABLED": "true", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -23,6 +28,11 @@ COLOURS = {
     "red": (200, 50, 40),
     "white": (220, 220, 220),
 }
+
+
+def skip(reason: str) -> None:
+    """Skip a test for want of something, but fail where .ci/run has said that nothing is to be wanting."""
+    (pytest.fail if os.environ.get("POTSTILL_NO_SKIPS") else pytest.skip)(reason)
 
 
 def write_tree(root: Path, train: int = 12, val: int = 4, px: int = 24, seed: int = 0) -> Path:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from conftest import ROOT, write_tree
 from potstill.config import _as_written, compose, flatten, keys_table, to_dict
 from potstill.metric_names import table
@@ -16,6 +18,7 @@ from potstill.runs import read_json
 DOCS = ROOT / "docs"
 
 
+@pytest.mark.slow
 def test_the_python_page_runs(tmp_path, cache_dir):
     """Its blocks, one after the other, in a process of their own as a user would."""
     write_tree(tmp_path / "tree")

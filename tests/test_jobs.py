@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,9 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from conftest import ROOT, run_job, tiny_overrides, write_tree
+from conftest import ROOT, run_job, skip, tiny_overrides, write_tree
 from potstill import runs
 
 MISTAKES = {
@@ -82,11 +84,48 @@ def test_an_unknown_model_is_refused_with_near_names(places):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("room", "says"),
+    [
+        ("size=8k", "the disk of "),
+        ("size=1500k", r"runs\.dir: the checkpoint of step \d+ could not be"),
+    ],
+)
+def test_a_full_disk_is_said_and_with_room_the_same_command_goes_on(
+    room, says, tmp_path, tiny_tree, cache_dir
+):
+    import re
+
+    if os.geteuid() or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        skip("needs root, to give a process mounts of its own")
+    places = tiny_overrides(tiny_tree, cache_dir, tmp_path / "runs")
+    (tmp_path / "runs").mkdir()
+    command = [sys.executable, str(ROOT / "jobs" / "train.py"), *places, "run.name=run"]
+    disk = f"mount --make-rprivate / && mount -t tmpfs -o {room} tmpfs runs || exit 99"
+    script = f'{disk}; "$@"; echo "ended: $?"; mount -o remount,size=100m runs && "$@"'
+    done = subprocess.run(
+        ["unshare", "-m", "bash", "-c", script, "bash", *command, "scaling.num_workers=0"],
+        **{"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 120},
+    )
+    assert "ended: 2\n" in done.stdout
+    assert re.search(f"^error: {says}", done.stderr, re.MULTILINE), done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0, "there is room now"
+
+
+PLAIN = {"doctor", "explore", "monitor"}
+"""Jobs of flags, without a config."""
+
+
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "jobs").glob("*.py")))
 def test_help_and_config_of_every_job(name, tmp_path):
     done = run_job(name, "--help", cwd=tmp_path)
     assert done.returncode == 0
     assert f"uv run jobs/{name}.py" in done.stdout
+    if name in PLAIN:
+        assert "options:" in done.stdout
+        return
     assert "keys (default):" in done.stdout
     assert run_job(name, "--cfg", cwd=tmp_path).returncode == 0
 
@@ -165,6 +204,42 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, tiny_tree, cache_di
     assert newest.step >= 4
 
 
+def listens(process: psutil.Process) -> bool:
+    """Whether the process catches SIGTERM."""
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    caught = next(line for line in lines if "SigCgt" in line)
+    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def starts_ray(process: psutil.Process) -> bool:
+    names = []
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            names.append(child.name())
+    return "gcs_server" in names
+
+
+@pytest.mark.parametrize("moment", [listens, starts_ray])
+def test_told_to_end_a_job_says_so_and_leaves_nothing(tmp_path, tiny_tree, moment):
+    """By `ray job stop`, before it trains; a training saves first. Ray has a handler of its own, which says nothing."""
+    job = subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs" / "prepare.py"), f"data.root={tiny_tree}"],
+        **{"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
+    )
+    process = psutil.Process(job.pid)
+    while not moment(process):
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.01)
+    started = process.children(recursive=True)
+    job.terminate()
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 130, err
+    assert err.endswith("stopped; the same command goes on from here\n")
+    assert "Traceback" not in err
+    _, alive = psutil.wait_procs(started, timeout=30)
+    assert not alive
+
+
 @pytest.mark.slow
 def test_quickstart_from_an_empty_folder(tmp_path):
     done = run_job("quickstart", cwd=tmp_path, timeout_s=600)
@@ -177,7 +252,7 @@ def test_quickstart_from_an_empty_folder(tmp_path):
         "student alone",
         "student distilled",
         "Distillation:",
-        "uv run aim up --repo",
+        "uv run jobs/explore.py --repo",
     ):
         assert word in done.stdout
     result = json.loads((tmp_path / "runs" / "quickstart" / "comparison.json").read_text())
