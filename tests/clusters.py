@@ -58,6 +58,11 @@ def wait_for(
     return found
 
 
+def outside() -> dict[str, str]:
+    """The environment of a user's shell: without what a Ray of this process, or a search, has set for its children."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TUNE_"))}
+
+
 class Host:
     """A network namespace, with mounts of its own where it hides folders."""
 
@@ -71,7 +76,7 @@ class Host:
     def run(self, *command: str, timeout_s: float = 120, **options: Any) -> str:
         done = subprocess.run(
             self.command(*command),
-            env={**os.environ, **self.env},
+            env={**outside(), **self.env},
             capture_output=True,
             text=True,
             timeout=timeout_s,
@@ -112,8 +117,15 @@ class Cluster:
         name = f"job-{uuid.uuid4().hex[:8]}"
         flags = ["--address", self.address, "--submission-id", name, "--no-wait"]
         given = ["--working-dir", ".", "--runtime-env-json", json.dumps(said)]
-        self.head.run(str(BIN / "ray"), "job", "submit", *flags, *given, "--", *command, cwd=ROOT)
-        return name
+        submit = [str(BIN / "ray"), "job", "submit", *flags, *given, "--", *command]
+        for left in (3, 2, 1, 0):
+            try:
+                self.head.run(*submit, cwd=ROOT)
+                return name
+            except AssertionError as error:  # a head that has just started may lack its agent
+                if not left or "No available agent" not in str(error):
+                    raise
+        raise AssertionError("not reached")
 
     def job(self, *command: str) -> str:
         verb, *rest = command
@@ -143,7 +155,12 @@ class Cluster:
             "'Bearer ' + open(os.environ['RAY_AUTH_TOKEN_PATH']).read().strip()}); "
             "print(r.urlopen(q, timeout=60).read().decode())"
         )
-        return json.loads(self.head.run(sys.executable, "-S", "-c", code, self.address + path))
+        ask = (sys.executable, "-S", "-c", code, self.address + path)
+        for left in (2, 1):
+            with suppress(AssertionError):  # busy, once in thousands of questions
+                return json.loads(self.head.run(*ask))
+            time.sleep(left)
+        return json.loads(self.head.run(*ask))
 
     def nodes(self) -> list[dict[str, Any]]:
         """Ray's records of the nodes that are alive."""

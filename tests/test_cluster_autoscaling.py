@@ -70,7 +70,7 @@ def test_data_brings_data_nodes_training_brings_gpus_and_both_go(cluster: Cluste
     folder = home(cluster) / "runs" / "bought"
     assert runs.read_json(folder / "summary.json")["status"] == "finished"
     assert (folder.parent / ".aim").is_dir(), "Aim's repository is on the head"
-    wait_for("nodes to go when idle", lambda: cluster.roles() == ["head"], 90)
+    wait_for("nodes to go when idle", lambda: cluster.roles() == ["head"], 240)
 
 
 def test_a_stopped_job_saves_and_the_same_one_goes_on(cluster: Cluster, tree: Path):
@@ -141,28 +141,26 @@ def test_a_spot_machine_that_is_taken_back_costs_nothing(cluster: Cluster, tree:
         (begun,) = of("attempt", attempt)
         node = wait_for("its node", lambda: cluster.node_of(begun["pid"]), 60, about)
         notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-        deadline = ["--deadline-remaining-seconds", "30"]
+        deadline = ["--deadline-remaining-seconds", "60"]
         where = ["--address", "127.0.0.1:6379", "--node-id", node]
-        for _ in range(3):  # a request now and then has no effect at all: the node stays
-            cluster.head.run(str(BIN / "ray"), "drain-node", *where, *notice, *deadline)
-            until = time.monotonic() + 75
-            while time.monotonic() < until:
-                if notices(attempt):
-                    return True
-                if runs.last_attempt(folder) > attempt:
-                    return False
-                time.sleep(0.5)
-        raise AssertionError(f"{node} does not go\n{about()}")
+        cluster.head.run(str(BIN / "ray"), "drain-node", *where, *notice, *deadline)
+        wait_for(
+            f"a notice, or the end of {node}",
+            lambda: notices(attempt) or runs.last_attempt(folder) > attempt,
+            240,
+            about,
+        )
+        return bool(notices(attempt))
 
     # Ray's watcher is an actor that must itself find a place first: it may say nothing before the node is gone
     first = next((n for n in (1, 2, 3) if take_back(n)), None)
     assert first is not None, about()
     told = notices(first)[0]
     wait_for("another node", lambda: runs.last_attempt(folder) == first + 1, 300, about)
-    saved = [r for r in of("checkpoint", first) if not r["epoch_done"]]
+    saved = of("checkpoint", first)  # at an epoch's last update the epoch's own is the one
     # a note has the step of the last line of figures, of which there is one every ten updates
     late = [r["step"] - told["step"] for r in saved]
-    assert any(0 <= steps <= 10 for steps in late), "in mid-epoch, as it was told"
+    assert any(0 <= steps <= 10 for steps in late), "at once, as it was told"
     (second,) = of("attempt", first + 1)
     assert second["step"] >= told["step"]
     cluster.job("stop", "--no-wait", job)
@@ -185,7 +183,7 @@ def test_a_whole_path_trains_on_gpu_nodes_and_is_judged_on_the_head(
         "run.name=path",
     ]
     job = cluster.submit("distil", *chosen, *small, "gate.on_marginal=skip")
-    assert cluster.ended(job, 420) == "SUCCEEDED", cluster.logs(job)
+    assert cluster.ended(job, 900) == "SUCCEEDED", cluster.logs(job)
     folder = home(cluster) / "runs" / "path"
     steps = runs.read_json(folder / "steps.json")
     assert {step["status"] for step in steps.values()} == {"finished"}
@@ -210,10 +208,10 @@ def test_a_price_that_is_not_there_is_said_and_stops_cleanly(cluster: Cluster, t
     )
     said = "Waiting for 1 x (1 CPU, 1 GPU) on nodes of potstill.io/role=train, ray.io/market-type=on-demand"
     wait_for("what it waits for", lambda: said in cluster.logs(job), 120)
-    wait_for("nodes of earlier tests to go", lambda: "train" not in cluster.roles(), 60)
+    wait_for("nodes of earlier tests to go", lambda: "train" not in cluster.roles(), 240)
     watched_until = time.monotonic() + 8  # the autoscaler decides every second
     assert "train" not in kinds_until(cluster, lambda: time.monotonic() > watched_until)
     began = time.monotonic()
     cluster.job("stop", "--no-wait", job)
     assert cluster.ended(job) == "STOPPED"
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 110, "Ray itself ends it after 120 s"

@@ -7,6 +7,7 @@ import re
 import socket
 import socketserver
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 
 from conftest import tiny_overrides
 from potstill import runs
-from potstill.search_results import Objective, TrialResult, write_results
+from potstill.search_results import Objective, TrialResult, write_leaderboard, write_pictures
 from potstill.tracking import AimWriter
 from synthetic_runs import attempt, epoch, make_cache, make_run, predictions, whole_journal
 from test_explore import Explorer
@@ -115,7 +116,8 @@ def search_of_three(root: Path, name: str) -> list[Path]:
         values = {"val_top1_acc": accuracy, "parameters": 100.0 + number}
         results.append(TrialResult(number, trials[-1].name, "completed", point, values, 2, 1.0))
     runs.append_records(search, [*records, end("finished", 3)])
-    write_results(search, results, objectives, name)
+    write_leaderboard(search, results, objectives)
+    write_pictures(search, results, objectives, name)
     return [search, *trials]
 
 
@@ -230,9 +232,11 @@ def runs_are_listed(user: Browser, explorer: Explorer) -> None:
 def losses_are_drawn(user: Browser, explorer: Explorer) -> None:
     user.show(explorer, "metrics")
     user.choose("Metrics", 'loss subset="train"', 'loss subset="val"')
+    from playwright.sync_api import expect
+
     lines = user.page.locator("path[class*=Line]")
     lines.nth(7).wait_for(state="attached")  # of four runs, in both subsets
-    assert lines.count() == 8
+    expect(lines).to_have_count(8)
     assert all(
         "L" in lines.nth(n).get_attribute("d") or "M" in lines.nth(n).get_attribute("d")
         for n in range(8)
@@ -244,7 +248,8 @@ def predictions_are_shown(user: Browser, explorer: Explorer) -> None:
     user.choose("Images", 'predictions kind="correct", subset="val"')
     picture = user.page.locator("img[src^='data:image']").first
     picture.wait_for()
-    assert picture.evaluate("image => image.naturalWidth") == 32
+    width = picture.evaluate("async image => { await image.decode(); return image.naturalWidth }")
+    assert width == 32
     caption = re.compile(rf"({'|'.join(CLASSES)}) → \1 \(\d\.\d\d\)")
     user.page.get_by_text(caption).first.wait_for()
 
@@ -353,7 +358,10 @@ def test_another_page_gets_nothing_and_changes_nothing(user, explorer, stranger,
     assert user.page.title() == "done:"
     plain = ("form", "iframe", "img", "script", "style", "socket", "events", "simple", "post")
     preflighted = ("cors", "delete", "put")
-    assert wire.by() == {by: {403} for by in plain + preflighted}
+    wanted, end = {by: {403} for by in plain + preflighted}, time.monotonic() + 10
+    while wire.by() != wanted and time.monotonic() < end:
+        user.page.wait_for_timeout(100)
+    assert wire.by() == wanted
     user.show(explorer, "")
     after = user.page.evaluate("fetch('/api/projects/activity/').then(answer => answer.json())")
     assert (after["num_runs"], after["num_archived_runs"]) == (5, 0)

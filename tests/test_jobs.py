@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -60,9 +61,10 @@ def places(tmp_path_factory):
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_message_within_seconds(mistake, places):
     arguments, says = MISTAKES[mistake]
-    started = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = run_job("train", *arguments, cwd=places)
-    seconds = time.monotonic() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
@@ -70,7 +72,7 @@ def test_a_mistake_is_one_message_within_seconds(mistake, places):
     import re
 
     assert re.search(says, done.stderr), done.stderr
-    assert seconds < 15, "no Ray, no torch; the limit leaves room for a busy machine"
+    assert seconds < 5, "no Ray, no torch"
     assert not (places / "cache").exists()
 
 
@@ -106,7 +108,7 @@ def test_a_full_disk_is_said_and_with_room_the_same_command_goes_on(
     script = f'{disk}; "$@"; echo "ended: $?"; mount -o remount,size=100m runs && "$@"'
     done = subprocess.run(
         ["unshare", "-m", "bash", "-c", script, "bash", *command, "scaling.num_workers=0"],
-        **{"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 120},
+        **{"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 400},
     )
     assert "ended: 2\n" in done.stdout
     assert re.search(f"^error: {says}", done.stderr, re.MULTILINE), done.stderr
@@ -240,9 +242,32 @@ def test_told_to_end_a_job_says_so_and_leaves_nothing(tmp_path, tiny_tree, momen
     assert not alive
 
 
+def test_told_to_end_where_nothing_can_be_raised_it_ends_all_the_same():
+    """An exception of a finalizer, or of a callback of the import system, is only printed."""
+    code = """
+import os, signal, time
+from potstill.config import _run
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+def main(config):
+    Finalized()
+    time.sleep(60)
+    print("it went on")
+raise SystemExit(_run("train", main, ["data.root=photos"]))
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=90
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "stopped; the same command goes on from here\n"
+
+
 @pytest.mark.slow
 def test_quickstart_from_an_empty_folder(tmp_path):
-    done = run_job("quickstart", cwd=tmp_path, timeout_s=600)
+    done = run_job("quickstart", cwd=tmp_path, timeout_s=1500)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     for noise in ("INFO", "WARNING", "ray::", "Token authentication"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -562,7 +563,7 @@ def test_who_was_overtaken_stops(config, machine, monkeypatch, capsys):
 
     def epoch(self: Training) -> None:
         seen.append(1)
-        if len(seen) == 2:
+        if len(seen) > 1:  # again and again: a renewal that has just looked writes over it once
             claim_of(place, "elsewhere", 7)
         real(self)
 
@@ -586,8 +587,10 @@ def test_who_was_overtaken_while_it_prepares(bucket, machine, monkeypatch):
 
     def prepare() -> None:
         with replica.replicated(storage.local_folder(uri) / "one", uri):
-            place.filesystem().delete_file(place.join("owner.json").path)
-            time.sleep(60)
+            for _ in range(600):  # a renewal that has just looked puts it there once more
+                with contextlib.suppress(OSError):
+                    place.filesystem().delete_file(place.join("owner.json").path)
+                time.sleep(0.1)
             pytest.fail("it went on")
 
     # these tests may themselves run where it is ignored

@@ -27,7 +27,8 @@ from potstill.search_results import (
     pareto,
     ranked,
     short_names,
-    write_results,
+    write_leaderboard,
+    write_pictures,
 )
 
 ACC = Objective("val_top1_acc", True)
@@ -189,7 +190,8 @@ def test_the_table_gives_back_what_went_in(tmp_path):
     ]
     trials.append(trial(98, "failed", why='died:\n"out, of" memory', val_top1_acc=math.nan))
     trials.append(trial(99, feasible=False, val_top1_acc=99.9, parameters=None, latency_ms=1.5))
-    write_results(tmp_path, trials, [ACC, SIZE], "t")
+    write_leaderboard(tmp_path, trials, [ACC, SIZE])
+    write_pictures(tmp_path, trials, [ACC, SIZE], "t")
     rows = read(tmp_path / "leaderboard.csv")
     assert list(rows[0]) == [
         "rank", "name", "state", "pareto", "feasible", "val_top1_acc", "parameters", "latency_ms", "epochs",
@@ -255,7 +257,7 @@ def test_the_page_needs_no_network_and_believes_no_name(tmp_path):
         t.name = f"{evil} {t.number}"
         t.point[f"model.{evil}"] = t.point["model.name"]
         t.point["model.name"] = f"{evil}{t.point['model.name']}"
-    write_results(tmp_path, trials, [ACC, SIZE], evil)
+    write_pictures(tmp_path, trials, [ACC, SIZE], evil)
     page = (tmp_path / "pareto.html").read_text()
     found = Tags(page)
     assert found.title == evil
@@ -282,7 +284,8 @@ def test_the_page_needs_no_network_and_believes_no_name(tmp_path):
 @pytest.mark.parametrize("objectives", [(ACC, SIZE), (ACC, LATENCY, SIZE), (LOSS,)])
 def test_what_is_drawn(tmp_path, objectives):
     trials = searched(40)
-    write_results(tmp_path, trials, objectives, "a search")
+    write_leaderboard(tmp_path, trials, objectives)
+    write_pictures(tmp_path, trials, objectives, "a search")
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(FILES)  # fmt: skip
     for name in FILES:
         if name.endswith("png"):
@@ -374,7 +377,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("objectives", [(ACC, SIZE), (ACC,)], ids=len)
 def test_every_moment_of_a_search(tmp_path, case, objectives):
-    write_results(tmp_path, CASES[case], objectives, f"{case} " * 30)
+    write_leaderboard(tmp_path, CASES[case], objectives)
+    write_pictures(tmp_path, CASES[case], objectives, f"{case} " * 30)
     assert len(read(tmp_path / "leaderboard.csv")) == len(CASES[case])
     drawn = figures(CASES[case], objectives, case)
     json.dumps(drawn, allow_nan=False)
@@ -387,9 +391,9 @@ def test_every_moment_of_a_search(tmp_path, case, objectives):
 
 def test_two_hundred_trials_are_quick(tmp_path):
     trials = searched(200)
-    write_results(tmp_path, searched(8), [ACC, SIZE], "loads matplotlib and optuna")
+    write_pictures(tmp_path, searched(8), [ACC, SIZE], "loads matplotlib and optuna")
     began = time.process_time()
-    write_results(tmp_path, trials, [ACC, SIZE, LATENCY], "t")
+    write_pictures(tmp_path, trials, [ACC, SIZE, LATENCY], "t")
     assert time.process_time() - began < 8  # about 2 on an idle machine
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -125,6 +127,21 @@ def test_a_file_that_gets_its_lasting_name_while_it_is_looked_at_counts(tmp_path
 
     monkeypatch.setattr(store, "_listed", then_renamed)
     assert store.stored_sets(tmp_path)[0].bytes == before + 1000
+
+
+def test_a_link_to_nothing_is_passed_over(tmp_path):
+    folder = put(tmp_path, "a")
+    before = store.stored_sets(tmp_path)[0].bytes
+    (folder / "gone").symlink_to("nowhere")
+    assert store.stored_sets(tmp_path)[0].bytes == before
+
+
+def test_who_only_looks_keeps_no_set_from_its_eviction(tmp_path):
+    put(tmp_path, "a")
+    looks = os.open(tmp_path / "a" / ".lock", os.O_RDONLY)
+    fcntl.flock(looks, fcntl.LOCK_SH)
+    threading.Timer(0.05, os.close, (looks,)).start()
+    assert store.evict(Cache(dir=str(tmp_path)), "all") == ["a"]
 
 
 def test_using_a_set_makes_it_the_last_to_go(tmp_path):
@@ -357,6 +374,7 @@ def test_two_processes_share_the_copies_of_a_node(tmp_path):
     max_gb = (40 * size + 40_000) / 1e9
     code = f"""
 import sys
+import threading
 import numpy as np
 from pathlib import Path
 from potstill.data.cache import open_cache
@@ -440,7 +458,8 @@ def test_two_runs_at_once_under_a_cache_for_one_end_with_the_numbers_of_runs_alo
     ]
     most = 0
     while any(p.poll() is None for p in started):
-        most = max(most, sum(s.bytes for s in store.stored_sets(tmp_path / "tight")))
+        with store.locked(tmp_path / "tight"):
+            most = max(most, sum(s.bytes for s in store.stored_sets(tmp_path / "tight")))
         time.sleep(0.02)
     said = [p.communicate()[0] for p in started]
     assert [p.returncode for p in started] == [0, 0], said

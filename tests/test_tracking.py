@@ -220,14 +220,14 @@ def test_a_resumed_run_goes_on_in_its_own_aim_run(repo, tmp_path, capfd):
     records = [attempt(), *(step(at) for at in range(1, 14)), epoch(1)]
     run_dir = make_run(tmp_path, sorted(records, key=lambda r: r["step"]))
     said: list[str] = []
-    first = AimFollower(run_dir, repo, said.append).close()
+    first = AimFollower(run_dir, repo, said.append).close(180)
     # the second attempt takes over at step 10, and logs other steps than the first had
     runs.append_records(run_dir, [attempt(2, 10, resumed_from="step-00000010")])
     follower = AimFollower(run_dir, repo, said.append)
     runs.append_records(run_dir, [step(at, 2, loss=100.0 + at) for at in (12, 14, 16)])
     time.sleep(2.5)  # some records reach the follower while it follows, some at the end
     runs.append_records(run_dir, [epoch(2, 2, train_loss=0.125)])
-    assert follower.close() == first
+    assert follower.close(180) == first
     found = read_aim(repo)
     assert list(found) == [first]
     aim_run = found[first]
@@ -254,7 +254,7 @@ def test_a_killed_driver_leaves_a_closed_run_that_a_query_finds(repo, tmp_path):
     child = int(driver.stdout.readline())
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     (aim_run,) = read_aim(repo).values()
@@ -271,7 +271,7 @@ def test_a_broken_repository_is_said_once_and_harms_nothing(tmp_path):
     (repo / ".aim" / "run_metadata.sqlite").write_text("this is no database" * 100)
     said: list[str] = []
     follower = AimFollower(run_dir, repo, said.append)
-    assert follower.close(30) is None
+    assert follower.close(180) is None
     assert len(said) == 1
     assert "file is not a database" in said[0]
     assert f"jobs/report.py from_run={run_dir} tracking=aim tracking.repo={repo}" in said[0]
@@ -325,7 +325,7 @@ def test_a_busy_index_is_waited_for_and_a_lost_cache_costs_the_images_alone(told
 def test_without_aim_it_is_said_once(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     said: list[str] = []
-    assert AimFollower(make_run(tmp_path, []), tmp_path, said.append).close() is None
+    assert AimFollower(make_run(tmp_path, []), tmp_path, said.append).close(180) is None
     assert len(said) == 1
     assert "Aim is not installed" in said[0]
     with pytest.raises(UserError, match="Aim is not installed"):

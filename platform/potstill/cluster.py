@@ -68,19 +68,15 @@ def _keeping_sigterm() -> Iterator[None]:
 
 
 def _start(num_cpus: int | None, quiet: dict[str, Any]) -> bool:
-    import ray
-
     if os.environ.get("RAY_ADDRESS"):
         _join(**quiet)
         return False
-    # one machine has nobody to warn of its preemption
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # "local": a file of Ray's may name a cluster that somebody has started on this machine
     about = {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": 512 << 20}
     try:
-        ray.init("local", **about, **quiet)
+        with _nobody_to_warn():
+            _init_patiently("local", **about, **quiet)
     except Exception as error:  # whatever its parts died of
-        ray.shutdown()
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunFailed(
             f"Ray did not start on this machine ({why}); it gives its processes 30 s, so wait for what else runs here, or "
@@ -88,6 +84,34 @@ def _start(num_cpus: int | None, quiet: dict[str, Any]) -> bool:
         ) from error
     _keep_to_owner(Path("~/.ray/auth_token").expanduser())
     return True
+
+
+@contextmanager
+def _nobody_to_warn() -> Iterator[None]:
+    """One machine has nobody to warn of its preemption. A cluster that this process joins later has, and so have those
+    that its children join."""
+    name = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+    said = name in os.environ
+    os.environ.setdefault(name, "0")
+    try:
+        yield
+    finally:
+        if not said:
+            del os.environ[name]
+
+
+def _init_patiently(*where: str, **options: Any) -> None:
+    """Ray gives its processes 30 s, which on a machine that is busy with other things may be too few: then once more."""
+    import ray
+
+    for again in (True, False):
+        try:
+            ray.init(*where, **options)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if not again or "timed out during startup" not in str(error):
+                raise
 
 
 def _join(**options: Any) -> None:

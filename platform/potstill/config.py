@@ -16,9 +16,11 @@ import inspect
 import itertools
 import json
 import math
+import os
 import re
 import signal
 import sys
+import threading
 import typing
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, is_dataclass
@@ -1849,6 +1851,14 @@ def job(
     return decorate
 
 
+def _once_more(what: sys.UnraisableHookArgs) -> None:
+    """An interruption that came within a finalizer, or a callback of the import system, is lost there: it comes again."""
+    if what.exc_type is KeyboardInterrupt:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    else:
+        sys.__unraisablehook__(what)
+
+
 def _run(
     name: str,
     main: Callable[..., None],
@@ -1876,6 +1886,7 @@ def _run(
     arguments = parser.parse_intermixed_args(argv)  # flags may stand between overrides
     # `ray job stop`, a queue, a machine that goes down: as Ctrl-C, wherever the job is
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    hook, sys.unraisablehook = sys.unraisablehook, _once_more
     try:
         config = compose(name, arguments.overrides, arguments.config_dir)
         if arguments.cfg:
@@ -1901,6 +1912,8 @@ def _run(
             file=sys.stderr,
         )
         return 2
+    finally:
+        sys.unraisablehook = hook
     return 0
 
 

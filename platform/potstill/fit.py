@@ -657,7 +657,9 @@ def _follow(run_dir: Path, printer: EpochPrinter) -> Iterator[None]:
                 *lines, rest = rest.split(b"\n")
                 records = runs.parse_lines(lines)
                 if any(r["kind"] in ("epoch", "attempt") for r in records):
-                    report.write_history(run_dir)
+                    # a full disk: who trains says so, and the next look writes it
+                    with contextlib.suppress(OSError):
+                        report.write_history(run_dir)
                 for record in records:
                     printer.handle(record)
             if last_look:

@@ -47,7 +47,7 @@ from potstill.search_plan import (
     data_key,
     trial_name,
 )
-from potstill.search_results import TrialResult, best_of, ranked, write_leaderboard, write_results
+from potstill.search_results import TrialResult, best_of, ranked, write_leaderboard, write_pictures
 from potstill.storage import local_folder
 
 POLL_S = 0.2
@@ -731,7 +731,7 @@ class _Search:
 
         def write() -> None:
             with self._results:
-                write_results(self.folder, trials, self.plan.objectives, self.folder.name)
+                write_pictures(self.folder, trials, self.plan.objectives, self.folder.name)
 
         if at_once:
             write()

@@ -260,16 +260,22 @@ def best_of(trials: Sequence[TrialResult], objectives: Sequence[Objective]) -> T
 
 
 # --------------------------------------------------------------------------------------------- writing
-def write_results(
+def write_leaderboard(
+    folder: Path, trials: Sequence[TrialResult], objectives: Sequence[Objective]
+) -> None:
+    """Write leaderboard.csv, atomically, within milliseconds."""
+    runs.atomic_write(folder / "leaderboard.csv", _leaderboard(trials, objectives))
+
+
+def write_pictures(
     folder: Path, trials: Sequence[TrialResult], objectives: Sequence[Objective], title: str
 ) -> None:
-    """Write leaderboard.csv, figures.json, pareto.{png,html} and plots/{importance,parallel}.png, each atomically.
+    """Write figures.json, pareto.{png,html} and plots/{importance,parallel}.png, each atomically, within seconds.
 
     `title`: of the search, on every picture. Fit for every moment of a search, before the first trial's end too.
     """
     importance = _importance_of(trials, objectives)
     drawn = _figures(trials, objectives, title, importance)
-    write_leaderboard(folder, trials, objectives)
     runs.write_json(folder / "figures.json", drawn)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a class may be named in any script
@@ -281,13 +287,6 @@ def write_results(
         for name, figure in pictures.items():
             runs.atomic_write(folder / name, png(figure))
     runs.atomic_write(folder / "pareto.html", _page(trials, objectives, title, drawn))
-
-
-def write_leaderboard(
-    folder: Path, trials: Sequence[TrialResult], objectives: Sequence[Objective]
-) -> None:
-    """leaderboard.csv alone, which takes milliseconds."""
-    runs.atomic_write(folder / "leaderboard.csv", _leaderboard(trials, objectives))
 
 
 def figures(

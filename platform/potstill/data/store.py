@@ -70,7 +70,7 @@ def stored_sets(root: Path) -> list[StoredSet]:
     return sorted(found, key=lambda s: s.last_used)
 
 
-def _look(folder: Path) -> StoredSet:
+def _look(folder: Path, tries: int = 100) -> StoredSet:
     sizes, users, last_used = 0, [], 0.0
     for path in _listed(folder):
         if path.name.startswith((".use.", "..use.")):
@@ -82,7 +82,9 @@ def _look(folder: Path) -> StoredSet:
         try:
             info = path.stat()
         except FileNotFoundError:
-            return _look(folder)  # it got its lasting name in this moment: not to be missed
+            if tries:  # it may have got its lasting name in this moment, and is not to be missed
+                return _look(folder, tries - 1)
+            continue  # a link to nothing
         sizes += info.st_size
         if path.name in (".used", ".lock", "manifest.json"):
             last_used = max(last_used, info.st_mtime)
@@ -280,15 +282,29 @@ def _remove(unused: StoredSet) -> bool:
     except FileNotFoundError:
         return True
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _taken(handle):
+            return False
         hidden = unused.folder.with_name(f".evicted-{unused.key}-{uuid.uuid4().hex}")
         os.replace(unused.folder, hidden)
-    except (BlockingIOError, PermissionError):
+    except PermissionError:
         return False
     finally:
         os.close(handle)
     shutil.rmtree(hidden, ignore_errors=True)
     return True
+
+
+def _taken(handle: int, patience_s: float = 1.0) -> bool:
+    """Whether the lock is ours now. Who only looks (`_reserved`) has it for less than a moment."""
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.005)
 
 
 def _about(stored: StoredSet) -> str:
