@@ -125,6 +125,7 @@ class Cluster:
             except AssertionError as error:  # a head that has just started may lack its agent
                 if not left or "No available agent" not in str(error):
                     raise
+                time.sleep(2)
         raise AssertionError("not reached")
 
     def job(self, *command: str) -> str:

@@ -73,6 +73,24 @@ def test_a_ray_that_does_not_start_is_said_in_a_line(monkeypatch):
     assert "jobs/doctor.py" in str(told.value)
 
 
+@pytest.mark.parametrize("said", [None, "1"])
+def test_a_ray_of_its_own_is_not_warned_and_no_other_hears_of_that(said, tmp_path, monkeypatch):
+    """Of a spot machine that is taken back, of which a cluster, joined later, must be told."""
+    name = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+    monkeypatch.delenv(name, raising=False)
+    if said:
+        monkeypatch.setenv(name, said)
+    script = (
+        f"import os, ray; from potstill.cluster import start_ray; start_ray(1); told = os.environ.get({name!r})\n"
+        f"there = ray.remote(lambda: os.environ.get({name!r}))\n"
+        "print(told, ray.get(there.remote()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert done.stdout == ("1 1\n" if said else "None 0\n"), done.stderr
+
+
 def test_ray_leaves_sigterm_to_the_job(tmp_path: Path):
     script = (
         "import signal; from potstill.cluster import start_ray; ours = signal.default_int_handler\n"

@@ -374,7 +374,6 @@ def test_two_processes_share_the_copies_of_a_node(tmp_path):
     max_gb = (40 * size + 40_000) / 1e9
     code = f"""
 import sys
-import threading
 import numpy as np
 from pathlib import Path
 from potstill.data.cache import open_cache

@@ -68,6 +68,8 @@ def _keeping_sigterm() -> Iterator[None]:
 
 
 def _start(num_cpus: int | None, quiet: dict[str, Any]) -> bool:
+    import ray
+
     if os.environ.get("RAY_ADDRESS"):
         _join(**quiet)
         return False
@@ -75,8 +77,9 @@ def _start(num_cpus: int | None, quiet: dict[str, Any]) -> bool:
     about = {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": 512 << 20}
     try:
         with _nobody_to_warn():
-            _init_patiently("local", **about, **quiet)
+            ray.init("local", **about, **quiet)
     except Exception as error:  # whatever its parts died of
+        ray.shutdown()
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunFailed(
             f"Ray did not start on this machine ({why}); it gives its processes 30 s, so wait for what else runs here, or "
@@ -97,21 +100,7 @@ def _nobody_to_warn() -> Iterator[None]:
         yield
     finally:
         if not said:
-            del os.environ[name]
-
-
-def _init_patiently(*where: str, **options: Any) -> None:
-    """Ray gives its processes 30 s, which on a machine that is busy with other things may be too few: then once more."""
-    import ray
-
-    for again in (True, False):
-        try:
-            ray.init(*where, **options)
-            return
-        except Exception as error:
-            ray.shutdown()
-            if not again or "timed out during startup" not in str(error):
-                raise
+            os.environ.pop(name, None)
 
 
 def _join(**options: Any) -> None:

@@ -6,6 +6,7 @@ nothing behind this module, and no Ray worker, needs Hydra or OmegaConf.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -1851,12 +1852,27 @@ def job(
     return decorate
 
 
-def _once_more(what: sys.UnraisableHookArgs) -> None:
-    """An interruption that came within a finalizer, or a callback of the import system, is lost there: it comes again."""
-    if what.exc_type is KeyboardInterrupt:
-        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    else:
-        sys.__unraisablehook__(what)
+@contextlib.contextmanager
+def _interruptions_come_again() -> Iterator[None]:
+    """An interruption that comes within a finalizer, or a callback of the import system, is lost there: it comes again."""
+    before = sys.unraisablehook
+
+    def again() -> None:
+        if sys.unraisablehook is hook:  # the job is not over
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def hook(what: sys.UnraisableHookArgs) -> None:
+        of_ray = isinstance(what.exc_value, SystemExit) and what.exc_value.code == signal.SIGTERM
+        if of_ray or what.exc_type is KeyboardInterrupt:
+            threading.Timer(0.1, again).start()
+        else:
+            before(what)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _run(
@@ -1886,13 +1902,13 @@ def _run(
     arguments = parser.parse_intermixed_args(argv)  # flags may stand between overrides
     # `ray job stop`, a queue, a machine that goes down: as Ctrl-C, wherever the job is
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    hook, sys.unraisablehook = sys.unraisablehook, _once_more
     try:
-        config = compose(name, arguments.overrides, arguments.config_dir)
-        if arguments.cfg:
-            print(to_yaml(config), end="")
-        else:
-            main(config, arguments) if flags else main(config)
+        with _interruptions_come_again():
+            config = compose(name, arguments.overrides, arguments.config_dir)
+            if arguments.cfg:
+                print(to_yaml(config), end="")
+            else:
+                main(config, arguments) if flags else main(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -1912,8 +1928,6 @@ def _run(
             file=sys.stderr,
         )
         return 2
-    finally:
-        sys.unraisablehook = hook
     return 0
 
 

@@ -418,6 +418,7 @@ def _train(
             raise
     summary = summarise(run_dir)
     try:
+        report.write_history(run_dir)
         if summary["epochs"]:
             report.report(run_dir, summary)
         # last: what is finished is not looked at again
@@ -657,7 +658,7 @@ def _follow(run_dir: Path, printer: EpochPrinter) -> Iterator[None]:
                 *lines, rest = rest.split(b"\n")
                 records = runs.parse_lines(lines)
                 if any(r["kind"] in ("epoch", "attempt") for r in records):
-                    # a full disk: who trains says so, and the next look writes it
+                    # a full disk: who trains says so, and it is written again at the end
                     with contextlib.suppress(OSError):
                         report.write_history(run_dir)
                 for record in records:

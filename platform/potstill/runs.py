@@ -22,7 +22,6 @@ import json
 import math
 import os
 import shutil
-import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -56,7 +55,7 @@ def atomic_write(path: Path, content: bytes | str) -> None:
     """Write beside `path`, sync, rename: a reader sees the old file or the new one, never a part."""
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(beside, "wb") as file:
             file.write(data)

@@ -70,9 +70,11 @@ def stored_sets(root: Path) -> list[StoredSet]:
     return sorted(found, key=lambda s: s.last_used)
 
 
-def _look(folder: Path, tries: int = 100) -> StoredSet:
+def _look(folder: Path, tries: int = 20) -> StoredSet:
     sizes, users, last_used = 0, [], 0.0
     for path in _listed(folder):
+        if path.is_symlink():
+            continue  # not ours
         if path.name.startswith((".use.", "..use.")):
             # its bytes do not count: a user comes without asking for room
             with suppress(FileNotFoundError):  # let go in this moment
@@ -83,8 +85,9 @@ def _look(folder: Path, tries: int = 100) -> StoredSet:
             info = path.stat()
         except FileNotFoundError:
             if tries:  # it may have got its lasting name in this moment, and is not to be missed
+                time.sleep(0.002)
                 return _look(folder, tries - 1)
-            continue  # a link to nothing
+            continue  # a stale listing of a network's disk
         sizes += info.st_size
         if path.name in (".used", ".lock", "manifest.json"):
             last_used = max(last_used, info.st_mtime)
@@ -295,16 +298,19 @@ def _remove(unused: StoredSet) -> bool:
 
 
 def _taken(handle: int, patience_s: float = 1.0) -> bool:
-    """Whether the lock is ours now. Who only looks (`_reserved`) has it for less than a moment."""
+    """Whether the lock is ours now. A builder keeps it; who only looks (`_reserved`) shares it, for less than a moment."""
     until = time.monotonic() + patience_s
-    while True:
-        try:
+    while time.monotonic() < until:
+        with suppress(BlockingIOError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.005)
+            return False
+        fcntl.flock(handle, fcntl.LOCK_UN)
+        time.sleep(0.005)
+    return False
 
 
 def _about(stored: StoredSet) -> str:
