@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -112,3 +114,36 @@ def run_job(
         text=True,
         timeout=timeout_s,
     )
+
+
+@contextlib.contextmanager
+def s3_bucket(name: str) -> Iterator[str]:
+    """A server on this machine that speaks S3, with one empty bucket: the options of its URIs."""
+    import pyarrow.fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    options = f"endpoint_override=http://{host}:{port}&region=us-east-1"
+    uri = f"s3://{name}?{options}&allow_bucket_creation=true"
+    pyarrow.fs.FileSystem.from_uri(uri)[0].create_dir(name)
+    try:
+        yield options
+    finally:
+        server.stop()
+
+
+def write_down_connections(root: Path) -> Path:
+    """A folder for PYTHONPATH: to what its processes connect stands in root/connections, and a dot for each in root/hooked."""
+    hook = root / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(
+        "import sys\n"
+        "def hook(event, arguments):\n"
+        "    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.sendto'):\n"
+        f"        open({str(root / 'connections')!r}, 'a').write(f'{{event}} {{arguments[1:]}}\\n')\n"
+        "sys.addaudithook(hook)\n"
+        f"open({str(root / 'hooked')!r}, 'a').write('.')\n"
+    )
+    return hook

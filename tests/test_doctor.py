@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 
 import clusters
-from conftest import ROOT
+from conftest import ROOT, s3_bucket
 from potstill import doctor, doctor_storage, runs
 from potstill.doctor_cluster import clock_offset, clocks, look_over
 from potstill.doctor_findings import Options
@@ -732,17 +732,8 @@ def test_locks_that_are_not_kept(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
     """A server that speaks S3, with the bucket `kept`: the query of its URIs."""
-    import pyarrow.fs
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    options = f"endpoint_override=http://{host}:{port}&region=us-east-1"
-    place = f"s3://kept?{options}&allow_bucket_creation=true"
-    pyarrow.fs.FileSystem.from_uri(place)[0].create_dir("kept")
-    yield options
-    server.stop()
+    with s3_bucket("kept") as options:
+        yield options
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 import pytest
 
-from conftest import ROOT, run_job
+from conftest import ROOT, run_job, write_down_connections
 from potstill.errors import UserError
 from potstill.explore import _say_indexed, bind, find_repository, read_token
 from potstill.explore_guard import Guard, page_policy
@@ -711,21 +711,12 @@ def served(filled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
     """An explorer of three runs that opens a browser, with all that its processes connect to written down."""
     root = tmp_path_factory.mktemp("served")
     repo = shutil.copytree(filled, root / "runs")
-    (root / "hook").mkdir()
-    (root / "hook" / "sitecustomize.py").write_text(
-        "import sys\n"
-        "def hook(event, arguments):\n"
-        "    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.sendto'):\n"
-        f"        open({str(root / 'connections')!r}, 'a').write(f'{{event}} {{arguments[1:]}}\\n')\n"
-        "sys.addaudithook(hook)\n"
-        f"open({str(root / 'hooked')!r}, 'a').write('.')\n"
-    )
     browser = root / "browser"
     browser.write_text('#!/bin/sh\necho "$1" > "$0.tmp"\nmv "$0.tmp" "$0.opened"\n')
     browser.chmod(0o755)
     taken = socket.create_server(("127.0.0.1", 0))
     flags = ["--port", str(taken.getsockname()[1]), "--open", "--token-file", str(root / "token")]
-    paths = [str(root / "hook"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(write_down_connections(root)), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {"PYTHONPATH": os.pathsep.join(paths), "BROWSER": f"{browser} %s"}
     explorer = Explorer(repo, *flags, cwd=root, env=env)
     taken.close()

@@ -16,7 +16,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import write_tree
+from conftest import s3_bucket, write_tree
 from potstill.config import Data, Decode, config_hash
 from potstill.data.files import Place, locate
 from potstill.data.sources import fingerprint, list_rows
@@ -28,30 +28,21 @@ CLASSES = ("blue", "green", "red", "white")
 @pytest.fixture(scope="module")
 def s3():
     """An empty S3 on this machine: `s3.uri("colours")`, `s3.put("colours", folder)`."""
-    from moto.server import ThreadedMotoServer
+    with s3_bucket("pictures") as options:
+        filesystem, _ = pyarrow.fs.FileSystem.from_uri(f"s3://pictures?{options}")
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    options = f"endpoint_override=http://{host}:{port}&region=us-east-1"
-    filesystem, _ = pyarrow.fs.FileSystem.from_uri(
-        f"s3://pictures?{options}&allow_bucket_creation=true"
-    )
-    filesystem.create_dir("pictures")
+        def put(name, content):
+            if isinstance(content, Path) and content.is_dir():
+                for path in sorted(p for p in content.rglob("*") if p.is_file()):
+                    put(f"{name}/{path.relative_to(content).as_posix()}", path.read_bytes())
+                return
+            content = content.read_bytes() if isinstance(content, Path) else content
+            with filesystem.open_output_stream(f"pictures/{name}") as sink:
+                sink.write(content)
 
-    def put(name, content):
-        if isinstance(content, Path) and content.is_dir():
-            for path in sorted(p for p in content.rglob("*") if p.is_file()):
-                put(f"{name}/{path.relative_to(content).as_posix()}", path.read_bytes())
-            return
-        content = content.read_bytes() if isinstance(content, Path) else content
-        with filesystem.open_output_stream(f"pictures/{name}") as sink:
-            sink.write(content)
-
-    yield SimpleNamespace(
-        put=put, uri=lambda name: f"s3://pictures/{name}?{options}", options=options
-    )
-    server.stop()
+        yield SimpleNamespace(
+            put=put, uri=lambda name: f"s3://pictures/{name}?{options}", options=options
+        )
 
 
 def write_others(tree: Path, folder: Path) -> dict[str, tuple[str, ...]]:

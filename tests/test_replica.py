@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import run_job, tiny_overrides
+from conftest import run_job, s3_bucket, tiny_overrides
 from potstill import claim, copies, replica, runs, storage
 from potstill.claim import Claim
 from potstill.config import Config, compose, load_run_config
@@ -30,17 +30,8 @@ from potstill.loop import Training
 @pytest.fixture(scope="module")
 def bucket():
     """The URI of a bucket; its options stand behind it."""
-    import pyarrow.fs
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    options = f"endpoint_override=http://{host}:{port}&region=us-east-1"
-    uri = f"s3://kept?{options}&allow_bucket_creation=true"
-    pyarrow.fs.FileSystem.from_uri(uri)[0].create_dir("kept")
-    yield lambda inner: f"s3://kept/{inner}?{options}"
-    server.stop()
+    with s3_bucket("kept") as options:
+        yield lambda inner: f"s3://kept/{inner}?{options}"
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conftest import write_down_connections
 from potstill import runs
 from potstill.errors import UserError
 from potstill.predictions import multi_label_predictions
@@ -86,17 +87,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     run_dir = make_run(root, records, classes=CLASSES, guesses=guesses)
     make_cache(root / "cache" / "k1", guesses, CLASSES)
     runs.write_json(run_dir / "summary.json", {"parameters": 1234, "status": "finished"})
-    (root / "hook").mkdir()
-    (root / "hook" / "sitecustomize.py").write_text(
-        "import sys\n"
-        "def hook(event, arguments):\n"
-        "    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.sendto'):\n"
-        f"        open({str(root / 'connections')!r}, 'a').write(f'{{event}} {{arguments[1:]}}\\n')\n"
-        "sys.addaudithook(hook)\n"
-        f"open({str(root / 'hooked')!r}, 'w').close()\n"
-    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(root / "hook"))
+        patch.setenv("PYTHONPATH", str(write_down_connections(root)))
         aim_hash = fill(run_dir, root / "aim")
     assert (root / "hooked").exists()
     shutil.copytree(root / "aim", root / "empty", ignore=shutil.ignore_patterns(aim_hash, "index"))
