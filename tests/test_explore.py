@@ -587,6 +587,11 @@ ESCAPES = [
     "string.Formatter != None",
     "[r for r in [run.run.repo]] != []",
     "(lambda r: r.db.engine)(run) != None",
+    "setattr(run, 'fields', list) == None",
+    # the view taken for the run, and its repository for the view's
+    "[setattr(run, 'fields', lambda: ['repo', 'path']), setattr(run, 'structured_run_cls', run), "
+    "setattr(run, 'db', None), setattr(run, 'run', run.repo), run.path][-1] != ''",
+    "delattr(run, 'db') == None",
 ]
 QUESTIONS = [
     "run.name == 'oak'",

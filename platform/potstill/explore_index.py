@@ -23,6 +23,11 @@ STALLED_S = 60.0
 # the index is one writer's at a time: held for so long at most, and then left for so long, so that a training's turn comes
 HOLD_S, LEAVE_S = 1.0, 0.3
 BUSY_S = 30.0
+CANNOT_BE_WRITTEN = (
+    *("Permission denied", "Read-only", "No space left", "Disk quota exceeded"),
+    *("Too many open files", "Stale file handle", "Cannot allocate memory"),
+)
+"""What RocksDB says of an index with which nothing is wrong."""
 
 
 class _Busy(Exception):
@@ -66,6 +71,8 @@ class Indexer:
         Of a run that is over, only the time of its folder is looked at: the folder changes when it is opened again.
         """
         changed = self._changed()
+        # what was deleted, as was advised, is not broken any more
+        self.broken = {h: checksum for h, checksum in self.broken.items() if h in changed}
         with suppress(OSError):
             identity = (self._index / "IDENTITY").read_text()
             if identity != self._identity:  # somebody has made another one
@@ -149,9 +156,9 @@ class Indexer:
             return self._repository.aim._get_index_tree("meta", 0)
         except (RocksIOError, Corruption) as error:
             text = reason(error)
-            if any(s in text for s in ("Permission denied", "Read-only", "No space left")):
+            if any(said in text for said in CANNOT_BE_WRITTEN):
                 raise _Busy(f"the index cannot be written ({text})") from None
-            if "LOCK" in text:
+            if "/LOCK" in text:
                 raise _Busy("another process holds the index") from None
             if self.mended:  # once is enough
                 raise

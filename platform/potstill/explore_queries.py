@@ -53,5 +53,9 @@ def narrow_queries() -> None:
             query.logger.warning("query failed, %s", error)
             return False
 
+    # what they let a query write to is any object that has every attribute, as a view of a run has: it could be rewritten
+    given = query.restricted_globals["__builtins__"]
+    kept = {name: what for name, what in given.items() if name not in ("setattr", "delattr")}
+    query.restricted_globals["__builtins__"] = kept
     query.restricted_globals["_getattr_"] = attribute
     query.RestrictedPythonQuery.check = check
