@@ -803,9 +803,22 @@ def test_a_run_that_is_not_as_the_store_has_it_is_not_taken_in_silence(
         runs.open_run(uri, "teacher.run")
 
 
-def test_another_run_is_started_where_the_store_has_one(config, machine):
+def test_another_run_is_started_where_the_store_has_one(config, machine, monkeypatch):
     machine("one")
-    fit(config())
+    real, begun = Training._train_epoch, []
+
+    def epoch(self: Training) -> None:
+        begun.append(1)
+        real(self)
+        if len(begun) == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Training, "_train_epoch", epoch)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config())
+    assert "one/summary.json" in objects(config().runs.dir)
+    assert fit(config("run.again=true"))["name"] == "one", "it had stopped, and is gone on with"
     machine("two")
     assert fit(config("run.again=true"))["name"] == "one-2"
 

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import functools
 import importlib.metadata
+import json
 import logging
 import math
 import os
@@ -109,20 +110,24 @@ def run_folder(config: Config) -> Path:
     return folder
 
 
+_OVER = ("finished", "stopped_early")  # what is not gone on with
+
+
 def _finished_elsewhere(config: Config, run_dir: Path) -> bool:
-    """Whether a run of which this machine knows nothing has ended, by its copy in an object store."""
+    """Whether a run of which this machine knows nothing has finished, by its copy in an object store."""
     from potstill.data.files import explained
 
     if (replica := replica_of(run_dir, config.runs.dir, "runs.dir")) is None:
         return False
     with explained(replica.place, "runs.dir"):
-        return replica.place.join("summary.json").stat() is not None
+        summary = replica.place.join("summary.json")
+        return summary.stat() is not None and json.loads(summary.read())["status"] in _OVER
 
 
 def _finished(run_dir: Path) -> dict[str, Any] | None:
     with contextlib.suppress(OSError, ValueError):
         summary = runs.read_json(run_dir / "summary.json")
-        if summary["status"] in ("finished", "stopped_early"):
+        if summary["status"] in _OVER:
             return summary
     return None
 

@@ -243,12 +243,16 @@ def brought(config: Config, cache_dir: Path, desk: Any) -> Path:
     `config` is changed to name the copies. Raises UserError where there is no room.
     """
 
+    from potstill.config import NAMED_WEIGHTS
+
     def here(path: Any) -> Any:
         # a name of published weights is no path, nor is what only this node has
         return str(fetched(desk, path)) if path and asked(desk.files.remote(path)) else path
 
     for one in (vars(config.teacher), *config.teachers.values()):
-        for key in ("run", "soft_labels", "weights", "weights_dir"):
+        # without a name that is looked up there, weights_dir says nothing, and may be large
+        named = one.get("weights") in NAMED_WEIGHTS
+        for key in ("run", "soft_labels", "weights", *(["weights_dir"] if named else [])):
             if one.get(key):
                 one[key] = here(one[key])
     config.model["init_from"] = here(config.model.get("init_from"))

@@ -81,6 +81,9 @@ def run_trials(
         "path": sys.path,
         "cpus": max(1, int(resources["cpu"])),
         "gpu": resources.get("gpu", 0),
+        # nobody has said how many cores: those that are there for its GPU
+        "whole_gpu": resources.get("gpu") == 1
+        and not (search.cpus_per_trial or owner.plan.config.scaling.cpus_per_worker),
         "metric": metric,
         "silent_s": 60 * search.silent_minutes,
         "marks": search.scheduler in ("pbt", "hyperband"),
@@ -545,7 +548,7 @@ def _train_here(config: Config, session: _TrialSession, payload: Mapping[str, An
 
     from potstill.assemble import prepare_process, train_run
 
-    prepare_process(max(payload["cpus"], cores_of_gpu() if payload["gpu"] == 1 else 1))
+    prepare_process(max(payload["cpus"], cores_of_gpu() if payload["whole_gpu"] else 1))
     if config.scaling.use_gpu and not torch.cuda.is_available() and not config.scaling.rehearse:
         raise UserError(
             "scaling.use_gpu must be false or null on a machine without a GPU, got true"

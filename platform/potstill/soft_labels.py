@@ -36,6 +36,7 @@ import numpy as np
 
 from potstill import console, runs
 from potstill.config import (
+    NAMED_WEIGHTS,
     Config,
     augment_seed,
     from_dict,
@@ -291,7 +292,7 @@ def _resolve_paths(config: Config) -> None:
         node["run"] = resolved(node.get("run"))
         node["weights_dir"] = resolved(node.get("weights_dir", "weights"))
     for node in (vars(teacher), *config.teachers.values()):
-        if node.get("weights") and Path(node["weights"]).expanduser().is_file():
+        if node.get("weights") and node["weights"] not in NAMED_WEIGHTS:
             node["weights"] = resolved(node["weights"])
 
 
