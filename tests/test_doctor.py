@@ -221,6 +221,7 @@ def test_little_shared_memory():
 GROUPS = {
     "version 2": {
         "cpu.max": "150000 100000",
+        "cpu.stat": "usage_usec 900000000\nnr_periods 7",
         "memory.max": "8000000000",
         "memory.current": "7500000000",
         "memory.stat": "anon 1\ninactive_file 2000000000\nactive_file 500000000\n",
@@ -230,6 +231,7 @@ GROUPS = {
     "version 1": {
         "cpu/cpu.cfs_quota_us": "150000",
         "cpu/cpu.cfs_period_us": "100000",
+        "cpu/cpuacct.usage": "900000000000",
         "memory/memory.limit_in_bytes": "8000000000",
         "memory/memory.usage_in_bytes": "7500000000",
         "memory/memory.stat": "total_inactive_file 2000000000\ntotal_active_file 500000000\n",
@@ -251,11 +253,13 @@ def test_what_a_container_may_take(tmp_path, monkeypatch, version):
         inner = tmp_path / kind / "job" / "step"
         inner.mkdir(parents=True, exist_ok=True)
         (tmp_path / kind / "job" / file).write_text(content)
-        (inner / file).write_text("-1" if "quota" in file else "max")
+        used = {"cpu.stat": "usage_usec 1000000\n", "cpuacct.usage": "1000000000"}
+        (inner / file).write_text(used.get(file) or ("-1" if "quota" in file else "max"))
     lines = ("3:cpu:/job/step", "2:memory:/job/step", "1:pids:/job/step", "0::/")
     (tmp_path / "own").write_text("\n".join(lines if old else ["0::/job/step"]))
     groups = Groups(tmp_path, tmp_path / "own")
     assert groups.cores() == 1.5
+    assert groups.busy_s() == 900, "of the group that has this limit"
     assert groups.memory() == (5_000_000_000, 8_000_000_000)
     assert groups.processes() == (4990, 5000)
 

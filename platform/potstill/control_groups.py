@@ -17,6 +17,9 @@ class Groups:
 
     def cores(self) -> float | None:
         """None where all may be used."""
+        return min((cores for cores, _ in self._limits()), default=None)
+
+    def _limits(self) -> list[tuple[float, Path]]:
         found = []
         for folder in self._ladder("cpu"):
             with suppress(OSError, ValueError, ZeroDivisionError):
@@ -26,12 +29,13 @@ class Groups:
                     quota = (folder / "cpu.cfs_quota_us").read_text()
                     period = (folder / "cpu.cfs_period_us").read_text()
                 if float(quota) > 0:  # not "max", nor -1
-                    found.append(float(quota) / float(period))
-        return min(found, default=None)
+                    found.append((float(quota) / float(period), folder))
+        return found
 
     def busy_s(self) -> float | None:
-        """Seconds of a core that our group has used, since it was made."""
-        for folder in [*self._ladder("cpu"), *self._ladder("cpuacct")]:
+        """Seconds of a core that the group of `cores` has used since it was made; our own group, where none is limited."""
+        limited = [folder for _, folder in sorted(self._limits())[:1]]
+        for folder in [*limited, *self._ladder("cpu"), *self._ladder("cpuacct")]:
             with suppress(OSError, ValueError, KeyError):
                 if (folder / "cpu.max").exists():
                     words = (folder / "cpu.stat").read_text().split()

@@ -353,6 +353,11 @@ def aim(options: Options) -> Steps:
         yield judged("aim", f"{len(health.runs)} runs read" if slow else "", [problem], values)
         if not slow:
             return
+        # of the rest nothing is known but what has been seen to be broken
+        if broken := [r.hash for r in health.having(CORRUPT)]:
+            known = _told(runs_dir, repo)
+            yield _broken_runs(health, broken, {h: f for f, h in known.items() if h}, repo)
+        return
     elif not health.exists:
         yield judged("aim", f"Aim {health.aim}; {at} will be made by the first run", [], values)
         return
