@@ -5,7 +5,8 @@
   ray job submit … --working-dir . --runtime-env runtime_env.yaml -- python jobs/doctor.py --gpus 4
                                                                a cluster, every node of it, as a job finds it
 
-Exit status: 0 all is well, or there are warnings; 1 a check has failed (--strict: or warns); 2 wrong usage.
+Exit status: 0 all is well, or there are warnings; 1 a check has failed (--strict: or warns); 2 wrong usage;
+130 stopped before its end.
 """
 
 import sys

@@ -29,7 +29,7 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
     Classes are matched by name; the folder may lack some of them, but not hold others. Images that the run
     was trained on are counted, and warned of. Decisions of a binary or multi-label task are taken at the thresholds
     that the checkpoint keeps, chosen on the run's validation images; none is chosen here. Writes evaluation.json,
-    reliability.png, and confusion_matrix.png or curves.png, in the object store too where the run is named by a URI.
+    reliability.png, and confusion_matrix.png or curves.png, in the object store too where the run is named by a URI and `output` is null.
     Returns the content of evaluation.json (NaN where the file says null). Raises UserError.
     """
     if config.from_run is None:

@@ -74,7 +74,7 @@ def command(arguments: Sequence[str], description: str) -> int:
     add(
         "--reports",
         action="store_true",
-        help="let the page load Pyodide from cdn.jsdelivr.net, on which the code in Aim's reports runs",
+        help="let the page load Pyodide from cdn.jsdelivr.net, and packages from PyPI, for the code in Aim's reports",
     )
     add("--index-only", action="store_true", help="bring the index up to date and stop")
     given = parser.parse_args(arguments)
